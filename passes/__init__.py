@@ -1,0 +1,1 @@
+"""Graph in, graph out: the rewrites. Runs no tensor."""

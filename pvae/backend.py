@@ -1,0 +1,205 @@
+"""The backend: a graph and its inputs in, a callable out. Both entrances, Dynamo's and capture by running, meet here."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from types import CodeType
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from pvae.capture import Capture, capture_graph, tensor_constants
+from pvae.options import Options, OptionError, parse_options
+from pvae.passes import dump
+from pvae.passes.ir import placeholders
+from pvae.passes.pipeline import Observer, run_pipeline
+from pvae.passes.prepare_weights import split_weight_work
+from pvae.passes.rule import Context, RewriteCounter
+from pvae.report import GraphReport, Registry
+from pvae.runtime.cache_key import KeyPass
+from pvae.runtime.frozen_weights import FrozenWeights
+from pvae.runtime.torch_compat import compile_fx, current_frame
+
+REGISTRY = Registry()
+_COUNTERS: dict[int | None, RewriteCounter] = {}
+_SHARED: dict[str, tuple[Callable[..., Any], GraphReport]] = {}
+_SAID: set[tuple[str, str]] = set()
+
+
+class PvaeWarning(UserWarning):
+    """pvae did less than was asked, and says what and why."""
+
+
+class PvaeError(RuntimeError):
+    """pvae cannot do what was asked; the message says what would work."""
+
+
+def complain(options: Options, where: str, text: str) -> None:
+    """One warning for each place and text; with strict=on an error."""
+    if options.strict == "on":
+        raise PvaeError(f"{where}: {text}")
+    if (where, text) not in _SAID:
+        _SAID.add((where, text))
+        warnings.warn(f"pvae: {where}: {text}", PvaeWarning, stacklevel=3)
+
+
+def reset() -> None:
+    """Forget every report, shared compile and rewrite count of this process."""
+    REGISTRY.clear()
+    _COUNTERS.clear()
+    _SHARED.clear()
+    _SAID.clear()
+
+
+def _process_counter(limit: int | None) -> RewriteCounter:
+    """Graphs that Dynamo brings are numbered on through the process: no one says where a model begins."""
+    return _COUNTERS.setdefault(limit, RewriteCounter(limit))
+
+
+def _name(code: CodeType | None) -> str:
+    return f"{code.co_qualname} ({code.co_filename.rsplit('/', 1)[-1]}:{code.co_firstlineno})" if code else "graph"
+
+
+def _untouched_because(gm: GraphModule, inputs: Sequence[Any]) -> str | None:
+    """Why Dynamo's graph must be handed to Inductor as it is, or None."""
+    tensors = [i for i in inputs if isinstance(i, torch.Tensor)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return "grad mode is on and an input requires grad; the passes are for inference (use torch.no_grad())"
+    devices = {t.device.type for t in tensors}
+    if any(torch.is_autocast_enabled(d) for d in devices if d != "meta"):
+        return "autocast is on; cast the model and its inputs instead"
+    if any(getattr(n.target, "__name__", "") == "_enter_autocast" for n in gm.graph.nodes):
+        return "the model enters autocast; cast it and its inputs instead"
+    if "meta" in devices:
+        return "an input or weight is on the meta device and has no values; load the weights first"
+    return None
+
+
+def _overlapping(inputs: Sequence[Any]) -> bool:
+    storages = [i.untyped_storage().data_ptr() for i in inputs if isinstance(i, torch.Tensor) and i.numel()]
+    return len(set(storages)) < len(storages)
+
+
+def pvae_backend(
+    gm: GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """What `torch.compile(model, backend="pvae", options={...})` calls for each graph.
+
+    Raises OptionError or PipelineError for unknown options, values and passes. A graph that pvae must not touch goes to
+    the engine as it is, with one PvaeWarning that says why.
+    """
+    parsed = parse_options(options)
+    code, _ = current_frame()
+    name = _name(code)
+    watch_dynamo()
+    reason = _untouched_because(gm, inputs)
+    capture = None
+    if reason is None:
+        capture = capture_graph(gm, inputs)
+        if capture.mutated and _overlapping(inputs):
+            reason = "an input that is written shares memory with another input"
+    if reason is not None or capture is None:
+        complain(parsed, name, f"handed on untouched: {reason}")
+        REGISTRY.add(GraphReport(name, "torch.compile", "", notes=[f"untouched: {reason}"]), _weights(inputs), code)
+        return _engine(gm, inputs, parsed, None)
+    report = GraphReport(name, "torch.compile", str(parsed.pipeline), notes=[])
+    REGISTRY.add(report, _weights(inputs), code)
+    counter = _process_counter(parsed.rewrite_limit)
+    return compile_capture(capture, inputs, parsed, report, counter, inside_dynamo=True)
+
+
+def _weights(inputs: Sequence[Any]) -> list[torch.Tensor]:
+    return [i for i in inputs if isinstance(i, torch.nn.Parameter)]
+
+
+def compile_capture(
+    capture: Capture,
+    inputs: Sequence[Any],
+    options: Options,
+    report: GraphReport,
+    counter: RewriteCounter,
+    *,
+    inside_dynamo: bool = False,
+    free_strides: frozenset[int] = frozenset(),
+    observe: Observer | None = None,
+) -> Callable[..., Any]:
+    """Run the pipeline on a captured graph and hand it to the engine. `inputs` match the graph's placeholders.
+
+    `free_strides` are outputs that only compiled code will read again, so that their memory layout is ours to choose.
+    Outside Dynamo, equal rewritten graphs share one compiled function (layers of one class differ in weights only).
+    """
+    gm = capture.gm
+    start = time.perf_counter()
+    report.capture_seconds, report.nodes_before = capture.seconds, len(gm.graph.nodes)
+    context = Context(options, capture.weights, free_strides, counter)
+    report.passes = run_pipeline(gm, options.pipeline, context, check=options.verify == "on", observe=observe)
+    report.nodes_after, report.pass_seconds = len(gm.graph.nodes), time.perf_counter() - start
+    for pass_name, expected in options.expect.items():
+        if report.matches(pass_name) < expected:
+            raise PvaeError(
+                f"{report.name}: pass {pass_name!r} was expected to match {expected} times and matched "
+                f"{report.matches(pass_name)} times; see pvae explain for what it refused"
+            )
+    key = None
+    if not inside_dynamo and not tensor_constants(gm):
+        key = hashlib.sha256((options.key() + dump.text(gm.graph, strides=True, source=False)).encode()).hexdigest()
+        if key in _SHARED:
+            compiled, first = _SHARED[key]
+            report.shared_with = REGISTRY.index(first)
+            return compiled
+    names = [n.name for n in placeholders(gm.graph)]
+    frozen = split_weight_work(gm, capture.weights) if options.weights == "frozen" else None
+    if frozen is None:
+        compiled = _engine(gm, inputs, options, None if inside_dynamo else capture.fake_mode)
+    else:
+        prepare, indexes = frozen
+        extra = [n.meta["val"] for n in placeholders(gm.graph)[len(names) :]]
+        main = _engine(gm, [*inputs, *extra], options, None if inside_dynamo else capture.fake_mode)
+        compiled = FrozenWeights(main, torch.fx.Interpreter(prepare).run, indexes)
+    if key is not None:
+        _SHARED[key] = (compiled, report)
+    return compiled
+
+
+def _engine(gm: GraphModule, inputs: Sequence[Any], options: Options, fake_mode: Any) -> Callable[..., Any]:
+    if options.engine == "eager":
+        return torch.fx.Interpreter(gm).run
+    current = torch._inductor.config.post_grad_custom_post_pass
+    patches = {"post_grad_custom_post_pass": KeyPass(options.key(), current)}
+    return compile_fx(gm, inputs, patches, fake_mode)
+
+
+class _DynamoWatch(logging.Handler):
+    """Hears Dynamo say that it gives up on a function, which it tells nobody else, and says what would work."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not str(record.msg).startswith("torch._dynamo hit config.") or not isinstance(record.args, tuple):
+            return
+        limit, value, function = record.args[:3]
+        for code in REGISTRY.codes():
+            if f"'{code.co_name}' ({code.co_filename}:{code.co_firstlineno})" == function:
+                text = (
+                    f"Dynamo gave up after {value} compiles ({limit}): further kinds of call run eagerly. "
+                    f"pvae.compile(model) captures each kind of call as one graph instead"
+                )
+                REGISTRY.note(code, f"{_name(code)}: {text}")
+                complain(parse_options({"strict": "off"}, {}), _name(code), text)
+                return
+
+
+_WATCH = _DynamoWatch()
+
+
+def watch_dynamo() -> None:
+    """Listen to Dynamo's log once; idempotent."""
+    logger = logging.getLogger("torch._dynamo.convert_frame")
+    if _WATCH not in logger.handlers:
+        logger.addHandler(_WATCH)
+
+
+__all__ = ["OptionError", "PvaeError", "PvaeWarning", "compile_capture", "pvae_backend", "reset"]

@@ -1,0 +1,89 @@
+"""From Dynamo's graph, or from a module's forward, to the one IR: ATen before decomposition, functional, weights as inputs.
+
+Dynamo's graph is re-traced through `fx.Interpreter`, never by its generated code, which drops parentheses around negative
+bases (FACTS, "Capturing").
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from pvae.passes.ir import aten, output_node, placeholders
+from pvae.runtime.torch_compat import FakeTensor, FakeTensorMode, functional_graph
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A graph whose placeholders are the traced call's flat inputs, one to one, and whose output is a flat tuple."""
+
+    gm: GraphModule
+    fake_mode: FakeTensorMode | None
+    weights: frozenset[str]
+    mutated: tuple[int, ...]
+    seconds: float
+
+
+def _finish(gm: GraphModule, mutated: list[int]) -> None:
+    """Turn the trailing new values of written inputs into `copy_` nodes, and make the output one flat tuple."""
+    graph = gm.graph
+    out = output_node(graph)
+    leaves = list(torch.utils._pytree.tree_leaves(out.args, is_leaf=lambda x: x is None))
+    inputs = placeholders(graph)
+    for index in reversed(mutated):
+        with graph.inserting_before(out):
+            node = graph.call_function(aten.copy_.default, (inputs[index], leaves.pop()))
+        node.meta["val"] = inputs[index].meta["val"]
+    out.args = (tuple(leaves),)
+    gm.recompile()
+
+
+def capture_graph(gm: GraphModule, inputs: Sequence[Any]) -> Capture:
+    """Re-trace Dynamo's `gm`. `inputs` are the real inputs; parameters among them mark which placeholders are weights."""
+    start = time.perf_counter()
+    nodes = placeholders(gm.graph)
+    examples = [n.meta.get("example_value", n.meta.get("val")) for n in nodes]
+    examples = [e if e is not None else i for e, i in zip(examples, inputs, strict=True)]
+    mode = next((e.fake_mode for e in examples if isinstance(e, FakeTensor)), None)
+
+    def run(*args: Any) -> list[Any]:
+        result = torch.fx.Interpreter(gm).run(*args)
+        return list(torch.utils._pytree.tree_leaves(result, is_leaf=lambda x: x is None))
+
+    traced, mutated = _trace(run, examples, mode, stack_traces=False)
+    _finish(traced, mutated)
+    names = [n.name for n in placeholders(traced.graph)]
+    weights = frozenset(n for n, i in zip(names, inputs, strict=True) if isinstance(i, torch.nn.Parameter))
+    return Capture(traced, mode, weights, tuple(mutated), time.perf_counter() - start)
+
+
+def capture_run(
+    run: Callable[..., list[Any]], inputs: Sequence[torch.Tensor], weights: int, mode: FakeTensorMode
+) -> Capture:
+    """Trace `run(*inputs)`, fakes of `mode` of which the last `weights` are weights; `run` returns a flat list."""
+    start = time.perf_counter()
+    traced, mutated = _trace(run, inputs, mode, stack_traces=True)
+    _finish(traced, mutated)
+    names = [n.name for n in placeholders(traced.graph)]
+    return Capture(
+        traced, mode, frozenset(names[len(names) - weights :]), tuple(mutated), time.perf_counter() - start
+    )
+
+
+def _trace(
+    run: Callable[..., list[Any]], inputs: Sequence[Any], mode: FakeTensorMode | None, *, stack_traces: bool
+) -> tuple[GraphModule, list[int]]:
+    if mode is None:
+        return functional_graph(run, inputs, stack_traces=stack_traces)
+    with mode:
+        return functional_graph(run, inputs, stack_traces=stack_traces)
+
+
+def tensor_constants(gm: GraphModule) -> list[Node]:
+    """Tensors that tracing baked into the graph: neither inputs nor weights."""
+    return [node for node in gm.graph.nodes if node.op == "get_attr"]

@@ -1,0 +1,128 @@
+"""Every private name of torch that pvae uses, in one place, for torch 2.11 to 2.13."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import CodeType
+from typing import Any
+
+import torch
+import torch.fx.traceback as fx_traceback
+from torch._dynamo import config as dynamo_config
+from torch._functorch._aot_autograd.functional_utils import from_fun, has_data_mutation, to_fun
+from torch._guards import CompileContext, TracingContext, tracing
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._logging import trace_structured
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
+from torch.nn.utils.stateless import _reparametrize_module
+
+__all__ = [
+    "CustomGraphPass",
+    "FakeTensor",
+    "FakeTensorMode",
+    "FunctionalTensor",
+    "TracingContext",
+    "compile_fx",
+    "conv_backend",
+    "current_frame",
+    "dynamo_config",
+    "functional_graph",
+    "new_fake_mode",
+    "reparametrized",
+    "statically_known_true",
+    "trace_structured",
+    "tracing",
+]
+
+
+def new_fake_mode() -> FakeTensorMode:
+    """A mode whose tensors keep the sizes they are made with (`static_fake`)."""
+    return FakeTensorMode(shape_env=ShapeEnv())
+
+
+def static_fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` as a fake of `mode`: same sizes and strides, no data, no symbols."""
+    return mode.from_tensor(tensor, static_shapes=True)
+
+
+@contextmanager
+def reparametrized(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Within the block `module` computes with `tensors` in place of its own parameters and buffers."""
+    with _reparametrize_module(module, dict(tensors), tie_weights=True):
+        yield
+
+
+def conv_backend(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> str:
+    """The name of the implementation that ATen would choose for a convolution, such as `Mkldnn` or `Slow3d`."""
+    sizes = None if bias is None else list(bias.shape)
+    zeros = [0] * len(stride)
+    found = torch._C._select_conv_backend(
+        x, weight, bias, list(stride), list(padding), list(dilation), False, zeros, groups, sizes
+    )
+    return str(found).rpartition(".")[2]
+
+
+def current_frame() -> tuple[CodeType | None, int | None]:
+    """Within a Dynamo backend: the code object being compiled and how often it was compiled before."""
+    code = TracingContext.get_traced_code() if TracingContext.try_get() else None
+    compile_id = CompileContext.current_compile_id()
+    return (code[0] if code else None), (compile_id.frame_compile_id if compile_id else None)
+
+
+def functional_graph(
+    run: Callable[..., list[Any]], inputs: Sequence[Any], *, stack_traces: bool
+) -> tuple[torch.fx.GraphModule, list[int]]:
+    """Trace `run(*inputs)` to ATen before decomposition, with in-place writes turned into functional ones.
+
+    `inputs` are fake tensors, SymInts or plain values; `run` returns a flat list. Returns the graph and the indexes of
+    the inputs that `run` writes; the graph ends with one `copy_` to each of them.
+
+    This is the tracing that `torch.export` does (pre-dispatch functionalization), by the parts it is made of, because
+    export itself neither takes Dynamo's graph nor keeps SymInt inputs.
+    """
+    mutated: list[int] = []
+
+    def functional(*args: Any) -> list[Any]:
+        mode = FunctionalTensorMode(pre_dispatch=True, export=True)
+        functionalize = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
+        with torch._C._ExcludeDispatchKeyGuard(functionalize), mode:
+            wrapped = [to_fun(a) if isinstance(a, torch.Tensor) else a for a in args]
+            outputs = [from_fun(o) if isinstance(o, FunctionalTensor) else o for o in run(*wrapped)]
+            for index, (plain, functional_arg) in enumerate(zip(args, wrapped, strict=True)):
+                if isinstance(plain, torch.Tensor) and has_data_mutation(functional_arg):
+                    mutated.append(index)
+                    outputs.append(from_fun(functional_arg))
+        return outputs
+
+    with torch.no_grad(), fx_traceback.preserve_node_meta():
+        graph_module = make_fx(
+            functional, pre_dispatch=True, _allow_non_fake_inputs=True, record_stack_traces=stack_traces
+        )(*inputs)
+    return graph_module, mutated
+
+
+def compile_fx(
+    graph_module: torch.fx.GraphModule,
+    inputs: Sequence[Any],
+    config_patches: dict[str, Any],
+    fake_mode: FakeTensorMode | None,
+) -> Callable[..., Any]:
+    """Inductor. `fake_mode` is given where there is no Dynamo around the call that has one."""
+    from torch._inductor.compile_fx import compile_fx as inductor  # slow to import, and not needed by engine="eager"
+
+    if fake_mode is None:
+        return inductor(graph_module, inputs, config_patches=config_patches)  # type: ignore[return-value]
+    with tracing(TracingContext(fake_mode)):
+        return inductor(graph_module, inputs, config_patches=config_patches)  # type: ignore[return-value]
