@@ -14,10 +14,9 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch.fx import Graph, Node
-
 from pvae.passes.ir import Builder, ConvNode, PadNode, aten, is_tensor, known, reaches_output, value
 from pvae.passes.rule import Context, Match, Pass, Refusal, Report, Rule
+from torch.fx import Graph, Node
 
 COPIES = frozenset({aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default})
 NO_COPIES = frozenset({aten.alias.default, aten.detach.default, aten.lift_fresh.default})

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
-
 from pvae.kernels import conv3d_unfold as kernel
 from pvae.passes.ir import Builder, ConvNode, PadNode, aten, known, value
 from pvae.passes.rule import Context, Match, Pass, Refusal, Rule
 from pvae.runtime.torch_compat import conv_backend
+from torch.fx import Graph, Node
 
 SLOW_BACKENDS = ("Slow", "Overrideable", "Empty")
 

@@ -1,15 +1,14 @@
 """A graph as text that a person can read and diff: one node a line, its type, what it computes, the model's line.
 
-    conv3d      bf16[1, 96, 4, 480, 832]   = aten.conv3d(pad, decoder.conv_in.weight, bias, [1, 1, 1])  # vae.py:190: ...
+conv3d      bf16[1, 96, 4, 480, 832]   = aten.conv3d(pad, decoder.conv_in.weight, bias, [1, 1, 1])  # vae.py:190: ...
 """
 
 from __future__ import annotations
 
 import torch
-from torch.fx import Graph, Node
-
 from pvae.passes.ir import source_line
 from pvae.passes.verify import describe
+from torch.fx import Graph, Node
 
 
 def _target(node: Node) -> str:
@@ -31,13 +30,23 @@ def _argument(value: object) -> str:
 def _type(node: Node, strides: bool) -> str:
     val = node.meta.get("val")
     if not isinstance(val, torch.Tensor):
-        return "" if val is None else "(" + ", ".join(map(describe, val)) + ")" if isinstance(val, (list, tuple)) else "int"
+        return (
+            ""
+            if val is None
+            else "(" + ", ".join(map(describe, val)) + ")"
+            if isinstance(val, (list, tuple))
+            else "int"
+        )
     text = describe(val)
     if strides:
         text += f" {val.device} {[str(s) for s in val.stride()]}"
     elif val.dim() in (4, 5):
         fmt = torch.channels_last if val.dim() == 4 else torch.channels_last_3d
-        if all(isinstance(s, int) for s in val.shape) and val.is_contiguous(memory_format=fmt) and not val.is_contiguous():
+        if (
+            all(isinstance(s, int) for s in val.shape)
+            and val.is_contiguous(memory_format=fmt)
+            and not val.is_contiguous()
+        ):
             text += " channels_last"
     return text
 

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
-
 from pvae.runtime.torch_compat import FakeTensor, FakeTensorMode, statically_known_true
+from torch.fx import Graph, Node
 
 aten = torch.ops.aten
 

@@ -11,8 +11,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch.fx import GraphModule
-
 from pvae.passes.canonicalize import CANONICALIZE
 from pvae.passes.channels_last import CHANNELS_LAST
 from pvae.passes.conv3d_unfold import CONV3D_UNFOLD
@@ -20,7 +18,8 @@ from pvae.passes.conv_dtype import CONV_DTYPE
 from pvae.passes.drop_zero_taps import DROP_ZERO_TAPS
 from pvae.passes.fold_pad import FOLD_PAD
 from pvae.passes.rule import Context, Pass, Report
-from pvae.passes.verify import Signature, restore_output_strides, verify
+from pvae.passes.verify import Signature, lay_out_outputs, verify
+from torch.fx import GraphModule
 
 PASSES: tuple[Pass, ...] = (
     CANONICALIZE,  # first: every later rule matches one spelling
@@ -73,7 +72,9 @@ class Pipeline:
         while position < len(text):
             item = _ITEM.match(text, position)
             if item is None:
-                raise PipelineError(f"cannot read the pipeline at {text[position:]!r}; it is written a,b{{key=value}},c")
+                raise PipelineError(
+                    f"cannot read the pipeline at {text[position:]!r}; it is written a,b{{key=value}},c"
+                )
             settings: dict[str, str] = {}
             for pair in filter(None, (item.group(2) or "").split(",")):
                 key, equals, val = pair.partition("=")
@@ -87,7 +88,9 @@ class Pipeline:
                 raise PipelineError(f"pass {step_pass.name!r} has no setting {sorted(unknown)[0]!r}; it has: {valid}")
             for key, val in settings.items():
                 if val not in step_pass.options[key].split("|"):
-                    raise PipelineError(f"{step_pass.name}{{{key}={val}}}: the values of {key} are {step_pass.options[key]}")
+                    raise PipelineError(
+                        f"{step_pass.name}{{{key}={val}}}: the values of {key} are {step_pass.options[key]}"
+                    )
             steps.append(Step(step_pass, settings))
             position = item.end()
             rest = text[position:].lstrip()
@@ -138,9 +141,9 @@ def run_pipeline(
         reports.append(report)
         if observe is not None:
             observe(step.pass_.name, gm)
-    restored = restore_output_strides(gm, signature, context)
-    if restored and reports:
-        reports[-1].counters["outputs_restrided"] = restored
+    relaid = lay_out_outputs(gm, signature, context)
+    if relaid and reports:
+        reports[-1].counters["outputs_relaid"] = relaid
     gm.graph.lint()
     gm.recompile()
     return reports

@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from torch.fx import Graph, Node
-
 from pvae.passes.ir import source_line
+from torch.fx import Graph, Node
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch.fx import GraphModule
 
 from pvae.capture import Capture, capture_graph, tensor_constants
-from pvae.options import Options, OptionError, parse_options
+from pvae.options import OptionError, Options, parse_options
 from pvae.passes import dump
 from pvae.passes.ir import placeholders
 from pvae.passes.pipeline import Observer, run_pipeline

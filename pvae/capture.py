@@ -70,9 +70,7 @@ def capture_run(
     traced, mutated = _trace(run, inputs, mode, stack_traces=True)
     _finish(traced, mutated)
     names = [n.name for n in placeholders(traced.graph)]
-    return Capture(
-        traced, mode, frozenset(names[len(names) - weights :]), tuple(mutated), time.perf_counter() - start
-    )
+    return Capture(traced, mode, frozenset(names[len(names) - weights :]), tuple(mutated), time.perf_counter() - start)
 
 
 def _trace(

@@ -12,11 +12,10 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import pvae.kernels
 import pvae.passes
 import pvae.runtime
+import torch
 from pvae.runtime.torch_compat import CustomGraphPass
 
 

@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from types import CodeType
 from typing import Any
 
 import torch
 import torch.fx.traceback as fx_traceback
-from torch._dynamo import config as dynamo_config
 from torch._functorch._aot_autograd.functional_utils import from_fun, has_data_mutation, to_fun
 from torch._guards import CompileContext, TracingContext, tracing
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._logging import trace_structured
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
-from torch.nn.utils.stateless import _reparametrize_module
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv, statically_known_true
 
 __all__ = [
+    "DATA_DEPENDENT",
     "CustomGraphPass",
     "FakeTensor",
     "FakeTensorMode",
-    "FunctionalTensor",
-    "TracingContext",
+    "autocast_enabled",
     "compile_fx",
     "conv_backend",
     "current_frame",
-    "dynamo_config",
     "functional_graph",
+    "is_compiling",
     "new_fake_mode",
-    "reparametrized",
+    "static_fake",
     "statically_known_true",
-    "trace_structured",
-    "tracing",
 ]
+
+
+DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
+is_compiling = torch.compiler.is_compiling
+autocast_enabled = torch._C._is_any_autocast_enabled
 
 
 def new_fake_mode() -> FakeTensorMode:
@@ -47,13 +51,6 @@ def new_fake_mode() -> FakeTensorMode:
 def static_fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` as a fake of `mode`: same sizes and strides, no data, no symbols."""
     return mode.from_tensor(tensor, static_shapes=True)
-
-
-@contextmanager
-def reparametrized(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Within the block `module` computes with `tensors` in place of its own parameters and buffers."""
-    with _reparametrize_module(module, dict(tensors), tie_weights=True):
-        yield
 
 
 def conv_backend(

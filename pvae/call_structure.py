@@ -1,0 +1,172 @@
+"""The arguments and results of a call, as flat tensors plus structure: the key of a capture, and the replay of its effects.
+
+A model may write into lists that it is given (Wan's decoder keeps a cache per convolution so). The lists and dicts among
+the arguments are therefore compared before and after the traced call, and what changed is replayed into the caller's own
+objects at every later call.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+CONSTANTS = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    torch.dtype,
+    torch.device,
+    torch.memory_format,
+    enum.Enum,
+)
+Box = list[Any] | dict[Any, Any]
+
+
+is_dense = torch.ops.aten.is_non_overlapping_and_dense.default
+
+
+def describe(value: Any, tensors: list[torch.Tensor], boxes: list[Box]) -> Hashable:
+    """A key for `value`; its tensors and its mutable containers are appended to the two lists, in order.
+
+    A tensor with gaps in memory (a slice of a longer video) is appended as a dense copy, so that its strides, which tell
+    of the whole that it was cut from, are no reason for another capture.
+    Raises TypeError, naming the type, for what can be neither traced nor compared.
+    """
+    if isinstance(value, torch.Tensor):
+        if not value.is_contiguous() and not is_dense(value):
+            value = value.contiguous()
+        tensors.append(value)
+        return value.shape, value.stride(), value.dtype, value.device
+    kind = type(value)
+    if kind is list:
+        boxes.append(value)
+        return "list", *[describe(v, tensors, boxes) for v in value]
+    if isinstance(value, tuple):
+        return kind, *[describe(v, tensors, boxes) for v in value]
+    if kind is dict:
+        boxes.append(value)
+        return "dict", *[(k, describe(v, tensors, boxes)) for k, v in value.items()]
+    if isinstance(value, CONSTANTS):
+        return kind, value
+    raise TypeError(f"{kind.__module__}.{kind.__qualname__}")
+
+
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """The tensors in `value` themselves, in the order of `describe`."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    items = value.values() if type(value) is dict else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for item in items for tensor in tensors_of(item)]
+
+
+def same_layout(key: Any) -> Any:
+    """`key` with the strides of dimensions of size 1, which mean nothing, set to 0."""
+    if isinstance(key, tuple) and len(key) == 4 and isinstance(key[0], torch.Size):
+        return key[0], tuple(0 if n == 1 else s for n, s in zip(key[0], key[1], strict=True)), key[2], key[3]
+    if isinstance(key, tuple):
+        return tuple(map(same_layout, key))
+    return key
+
+
+class Rebuilder:
+    """Makes `value` again with other tensors in place of its own, in the order of `describe`."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._tensors = iter(tensors)
+        self.boxes: list[Box] = []
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return next(self._tensors)
+        if type(value) is list:
+            new: list[Any] = []
+            self.boxes.append(new)
+            new.extend(map(self, value))
+            return new
+        if isinstance(value, tuple):
+            items = [self(v) for v in value]
+            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        if type(value) is dict:
+            table: dict[Any, Any] = {}
+            self.boxes.append(table)
+            table.update({k: self(v) for k, v in value.items()})
+            return table
+        return value
+
+
+@dataclass(frozen=True)
+class Out:
+    """The graph's output number `index`."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class In:
+    """The call's tensor number `index`, handed back as the same object."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class BoxRef:
+    """The call's own container number `index`."""
+
+    index: int
+
+
+class Templates:
+    """Turns what the traced call returned or left in a container into a template, collecting the graph's outputs."""
+
+    def __init__(self, inputs: Sequence[torch.Tensor], boxes: Sequence[Box]) -> None:
+        self.inputs = {id(t): i for i, t in enumerate(inputs)}
+        self.boxes = {id(b): i for i, b in enumerate(boxes)}
+        self.outputs: list[Any] = []
+        self._known: dict[int, int] = {}
+
+    def leaf(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            if id(value) in self.inputs:
+                return In(self.inputs[id(value)])
+            if id(value) not in self._known:
+                self._known[id(value)] = len(self.outputs)
+                self.outputs.append(value)
+            return Out(self._known[id(value)])
+        return value
+
+    def __call__(self, value: Any) -> Any:
+        if id(value) in self.boxes:
+            return BoxRef(self.boxes[id(value)])
+        if type(value) in (list, tuple):
+            return type(value)(map(self, value))
+        if type(value) is dict:
+            return {k: self(v) for k, v in value.items()}
+        return self.leaf(value)
+
+    def content(self, box: Box) -> Any:
+        """What a container holds, item by item (the container itself is the caller's)."""
+        return [self(v) for v in box] if isinstance(box, list) else {k: self(v) for k, v in box.items()}
+
+
+def fill(template: Any, outputs: Sequence[Any], inputs: Sequence[Any], boxes: Sequence[Box]) -> Any:
+    """The value that `template` stands for in this call."""
+    kind = type(template)
+    if kind is Out:
+        return outputs[template.index]
+    if kind is In:
+        return inputs[template.index]
+    if kind is BoxRef:
+        return boxes[template.index]
+    if kind in (list, tuple):
+        return kind([fill(t, outputs, inputs, boxes) for t in template])
+    if kind is dict:
+        return {k: fill(t, outputs, inputs, boxes) for k, t in template.items()}
+    return template

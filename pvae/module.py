@@ -1,0 +1,276 @@
+"""`pvae.compile(model)`: capture by running, in place. One graph for each kind of call, whatever Dynamo thinks of the code.
+
+A call's kind is its shapes, dtypes, strides, list structure and plain arguments. The forward is run once on fake tensors;
+what it returns and what it leaves in the lists that it was given become the graph's outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pvae.backend import REGISTRY, PvaeError, compile_capture, complain
+from pvae.call_structure import Box, In, Out, Rebuilder, Templates, describe, fill, same_layout, tensors_of
+from pvae.capture import capture_run, tensor_constants
+from pvae.module_state import ModuleState, layout_key, python_state, written_attribute
+from pvae.options import Options, parse_options
+from pvae.passes.pipeline import Observer
+from pvae.passes.rule import RewriteCounter
+from pvae.report import GraphReport
+from pvae.runtime import frozen_weights
+from pvae.runtime.torch_compat import (
+    DATA_DEPENDENT,
+    autocast_enabled,
+    is_compiling,
+    new_fake_mode,
+    static_fake,
+)
+
+
+@dataclass(frozen=True)
+class Program:
+    """One captured kind of call: the compiled graph, and where its outputs go."""
+
+    compiled: Callable[..., Any]
+    result: list[Any]
+    spec: Any
+    effects: tuple[tuple[int, Any], ...]
+    returns_inputs: bool
+    mutated: tuple[int, ...]
+    report: GraphReport
+
+    def __call__(self, call: Any, tensors: list[torch.Tensor], weights: list[torch.Tensor], boxes: list[Box]) -> Any:
+        outputs = self.compiled(*tensors, *weights)
+        if self.returns_inputs or self.mutated:
+            own = tensors_of(call)
+            for index in self.mutated:
+                if index < len(own) and own[index] is not tensors[index]:  # `describe` made a dense copy of it
+                    own[index].copy_(tensors[index])
+            tensors = own
+        for index, template in self.effects:
+            box = boxes[index]
+            if isinstance(box, list):
+                box[:] = [fill(t, outputs, tensors, boxes) for t in template]
+            else:
+                box.clear()
+                box.update({k: fill(t, outputs, tensors, boxes) for k, t in template.items()})
+        leaves = [fill(t, outputs, tensors, boxes) for t in self.result]
+        return leaves[0] if self.spec.is_leaf() else torch.utils._pytree.tree_unflatten(leaves, self.spec)
+
+
+class CompiledForward:
+    """Stands as `module.forward`. Captures each kind of call once, then runs its compiled graph."""
+
+    def __init__(self, module: nn.Module, name: str, options: Options, counter: RewriteCounter) -> None:
+        self.module = module
+        self.original: Callable[..., Any] = module.forward
+        self.name = name
+        self.options = options
+        self.counter = counter
+        self.observe: Observer | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop every capture; the next call of each kind captures anew."""
+        self._programs: dict[Hashable, Program] = {}
+        self._state: ModuleState | None = None
+        self._layout: list[Any] = []
+        self._where: tuple[torch.device, torch.device] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("module", "original", "name", "options", "counter", "observe")
+        return {k: v for k, v in self.__dict__.items() if k in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.forget()
+
+    @property
+    def programs(self) -> list[Program]:
+        return list({id(p): p for p in self._programs.values()}.values())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_compiling():  # an outer torch.compile takes the model's own forward
+            return self.original(*args, **kwargs)
+        tensors: list[torch.Tensor] = []
+        boxes: list[Box] = []
+        try:
+            key = describe((args, kwargs), tensors, boxes)
+            hash(key)
+        except TypeError as error:
+            return self._eager(f"an argument is a {error}, which a capture cannot compare", args, kwargs)
+        state = self._state
+        if state is None or state.changed():
+            state = self._fresh_state()
+        weights = state.current()
+        if layout_key(weights) != self._layout or self._device(weights) != self._where:
+            state = self._fresh_state()
+            weights = state.current()
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *weights)):
+            reason = "grad mode is on and an input or weight requires grad; the passes are for inference"
+            return self._eager(f"{reason} (use torch.no_grad())", args, kwargs)
+        if autocast_enabled():
+            return self._eager("autocast is on; cast the model and its inputs instead", args, kwargs)
+        full = (key, self.module.training)
+        program = self._programs.get(full)
+        if program is None:
+            plain = same_layout(full)
+            program = self._programs.get(plain)
+            if program is None:
+                found = self._capture(args, kwargs, tensors, weights, state)
+                if isinstance(found, str):
+                    return self._eager(found, args, kwargs)
+                program = self._programs[plain] = found
+            self._programs[full] = program
+        return program((args, kwargs), tensors, weights, boxes)
+
+    def _fresh_state(self) -> ModuleState:
+        if self._state is not None:
+            self.forget()
+        self._state = ModuleState(self.module)
+        weights = self._state.current()
+        self._layout, self._where = layout_key(weights), self._device(weights)
+        return self._state
+
+    @staticmethod
+    def _device(weights: Sequence[torch.Tensor]) -> tuple[torch.device, torch.device] | None:
+        return (weights[0].device, weights[-1].device) if weights else None
+
+    def _eager(self, reason: str, args: Any, kwargs: Any) -> Any:
+        complain(self.options, self.name, f"runs eagerly: {reason}")
+        return self.original(*args, **kwargs)
+
+    def _capture(
+        self, args: Any, kwargs: Any, tensors: list[torch.Tensor], weights: list[torch.Tensor], state: ModuleState
+    ) -> Program | str:
+        """Trace and compile this kind of call; a string says why it must stay eager."""
+        for path, sub in self.module.named_modules():
+            if path and (sub._forward_hooks or sub._forward_pre_hooks):
+                return f"submodule {path!r} has forward hooks, which a capture would run only once"
+        for what, group in (("an input", tensors), ("a weight", weights)):
+            if any(t.is_meta for t in group):
+                raise PvaeError(f"{self.name}: {what} is on the meta device and has no values; load it first")
+        mode = new_fake_mode()
+        with torch.inference_mode(False), torch.no_grad():
+            fakes = [static_fake(mode, t) for t in (*tensors, *weights)]
+            traced: dict[str, Any] = {}
+
+            def run(*flat: torch.Tensor) -> list[Any]:
+                rebuild = Rebuilder(flat[: len(tensors)])
+                new_args, new_kwargs = rebuild((args, kwargs))
+                templates = Templates(flat[: len(tensors)], rebuild.boxes)
+                before = [templates.content(box) for box in rebuild.boxes]
+                with state.replaced(flat[len(tensors) :]):
+                    result = self.original(*new_args, **new_kwargs)
+                leaves, spec = torch.utils._pytree.tree_flatten(result)
+                traced["result"], traced["spec"] = [templates.leaf(leaf) for leaf in leaves], spec
+                after = [templates.content(box) for box in rebuild.boxes]
+                traced["effects"] = tuple((i, a) for i, (a, b) in enumerate(zip(after, before, strict=True)) if a != b)
+                return templates.outputs
+
+            attributes = python_state(self.module)
+            try:
+                capture = capture_run(run, fakes, len(weights), mode)
+            except DATA_DEPENDENT as error:
+                raise PvaeError(
+                    f"{self.name}: forward decides by a tensor's value, which capture by running cannot follow; use "
+                    f"torch.compile(model, backend='pvae'), which breaks the graph there ({error})"
+                ) from error
+            written = written_attribute(attributes)
+            if written is not None:
+                for module, old in attributes:
+                    for name in set(module.__dict__) - set(old) - {"_parameters", "_buffers", "_modules"}:
+                        del module.__dict__[name]
+                    module.__dict__.update(old)
+                return f"forward writes {written}, which a capture cannot replay"
+            if capture.mutated and _overlap([*tensors, *weights]):
+                return "an input that is written shares memory with another input"
+            report = GraphReport(self.name, "pvae.compile", str(self.options.pipeline))
+            if tensor_constants(capture.gm):
+                report.notes.append(f"{len(tensor_constants(capture.gm))} tensors made in forward are constants")
+            REGISTRY.add(report, weights, None)
+            free = frozenset(
+                leaf.index for _, template in traced["effects"] for leaf in _leaves(template) if isinstance(leaf, Out)
+            ) - {leaf.index for leaf in traced["result"] if isinstance(leaf, Out)}
+            compiled = compile_capture(
+                capture, fakes, self.options, report, self.counter, free_strides=free, observe=self.observe
+            )
+        leaves = [*traced["result"], *(leaf for _, t in traced["effects"] for leaf in _leaves(t))]
+        returns_inputs = any(isinstance(leaf, In) for leaf in leaves)
+        return Program(
+            compiled, traced["result"], traced["spec"], traced["effects"], returns_inputs, capture.mutated, report
+        )
+
+
+def _leaves(template: Any) -> Iterator[Any]:
+    if isinstance(template, (list, tuple)):
+        for item in template:
+            yield from _leaves(item)
+    elif isinstance(template, dict):
+        for item in template.values():
+            yield from _leaves(item)
+    else:
+        yield template
+
+
+def _overlap(tensors: Sequence[torch.Tensor]) -> bool:
+    storages = [t.untyped_storage().data_ptr() for t in tensors if t.numel()]
+    return len(set(storages)) < len(storages)
+
+
+def regions(model: nn.Module) -> dict[str, nn.Module]:
+    """The submodules that `compile` takes: encoder and decoder of an autoencoder, the repeated blocks of a diffusers
+    transformer, else the model itself (by the empty name)."""
+    parts = {name: getattr(model, name, None) for name in ("encoder", "decoder")}
+    found = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+    if found:
+        return found
+    classes = getattr(model, "_repeated_blocks", None) or ()
+    blocks = {name: m for name, m in model.named_modules() if name and type(m).__name__ in classes}
+    return blocks or {"": model}
+
+
+def compile(model: nn.Module, **options: Any) -> nn.Module:
+    """Compile `model` in place and return it: encoder and decoder of an autoencoder, blocks of a DiT, else the whole.
+
+    Options are those of `pvae.Options`. Compiling again replaces the earlier choice. Each kind of call is captured when
+    it first comes; module attributes are read at that time (after changing one, call `pvae.refresh(model)`).
+
+    Raises OptionError or PipelineError for what it does not know; PvaeError where a forward cannot be captured.
+    """
+    parsed = parse_options(options)
+    counter = RewriteCounter(parsed.rewrite_limit)
+    restore(model)
+    for name, module in regions(model).items():
+        where = f"{type(model).__name__}.{name}" if name else type(model).__name__
+        module.forward = CompiledForward(module, where, parsed, counter)  # type: ignore[method-assign]
+    return model
+
+
+def compiled_forwards(model: nn.Module) -> list[CompiledForward]:
+    """The compiled regions of `model`."""
+    found = [m.__dict__.get("forward") for m in model.modules()]
+    return [f for f in found if isinstance(f, CompiledForward)]
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo `compile`: every region gets the forward that it had."""
+    for forward in compiled_forwards(model):
+        module = forward.module
+        if getattr(forward.original, "__func__", None) is type(module).forward:
+            del module.__dict__["forward"]
+        else:
+            module.forward = forward.original  # type: ignore[method-assign]
+    return model
+
+
+def refresh(model: nn.Module) -> None:
+    """Forget what was captured or prepared from `model`: call it after writing weights through `.data` under
+    `weights="frozen"`, or after changing a plain attribute of a module."""
+    frozen_weights.forget([*model.parameters(), *model.buffers()])
+    for forward in compiled_forwards(model):
+        forward.forget()
