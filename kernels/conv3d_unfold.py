@@ -75,7 +75,9 @@ def conv3d_unfold(
         t1 = min(t0 + t_step, t_out)
         for h0 in range(0, h_out, h_step):
             h1 = min(h0 + h_step, h_out)
-            unfolded, pad_h, pad_w = _unfold(x, kernel, stride, padding, dilation, groups, channels_last, (t0, t1, h0, h1))
+            unfolded, pad_h, pad_w = _unfold(
+                x, kernel, stride, padding, dilation, groups, channels_last, (t0, t1, h0, h1)
+            )
             part = torch.nn.functional.conv2d(
                 unfolded, weight, bias, stride[1:], (pad_h, pad_w), dilation[1:], groups
             ).unflatten(0, (n, t1 - t0))
@@ -144,7 +146,9 @@ def _unfold(
         if j0 < j1 and r0 < r1 and c0 < c1:
             f0 = (t0 + j0) * stride[0] + shift
             frames = source[:, f0 : (t0 + j1 - 1) * stride[0] + shift + 1 : stride[0]]
-            buffer[:, j0:j1, r0:r1, c0:c1, :, tap] = frames[:, :, first_row + r0 : first_row + r1, first_col + c0 : first_col + c1]
+            buffer[:, j0:j1, r0:r1, c0:c1, :, tap] = frames[
+                :, :, first_row + r0 : first_row + r1, first_col + c0 : first_col + c1
+            ]
     unfolded = buffer.flatten(4, 6).permute(0, 1, 4, 2, 3).flatten(0, 1)
     return unfolded, pad_h, pad_w
 

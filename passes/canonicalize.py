@@ -14,9 +14,10 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch.fx import Graph, Node
+
 from pvae.passes.ir import Builder, ConvNode, PadNode, aten, is_tensor, known, reaches_output, value
 from pvae.passes.rule import Context, Match, Pass, Refusal, Report, Rule
-from torch.fx import Graph, Node
 
 COPIES = frozenset({aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default})
 NO_COPIES = frozenset({aten.alias.default, aten.detach.default, aten.lift_fresh.default})
@@ -24,6 +25,7 @@ DROPOUTS = frozenset({aten.dropout.default, aten.feature_dropout.default, aten.a
 CASTS = frozenset(
     {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default, aten._to_copy.default}
 )
+VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
 SPLITS = frozenset({aten.chunk.default, aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default})
 
 
@@ -77,19 +79,16 @@ class RemoveNoOp:
 
 
 class OneSpelling:
-    """`view` -> `reshape`, `type_as` -> `to`."""
+    """`type_as` -> `to`."""
 
     name = "one_spelling"
 
     def match(self, node: Node) -> Match | Refusal | None:
-        return Match(node) if node.target in (aten.view.default, aten.type_as.default) else None
+        return Match(node) if node.target is aten.type_as.default else None
 
     def rewrite(self, graph: Graph, match: Match) -> None:
         node, build = match.node, Builder(match.node)
-        if node.target is aten.view.default:
-            build.replace(build(aten.reshape.default, *node.args))
-        else:
-            build.replace(build(aten.to.dtype, node.args[0], value(node).dtype))
+        build.replace(build(aten.to.dtype, node.args[0], value(node).dtype))
 
 
 class SplitToSlices:
@@ -146,6 +145,14 @@ class BatchConv:
         build.replace(build(aten.select.int, out, 0, 0))
 
 
+def _views_to_reshapes(graph: Graph, context: Context, report: Report) -> None:
+    """`view` -> `reshape` everywhere, before any rule: removing one `contiguous` may break the promise of a later view."""
+    for node in graph.nodes:
+        if node.target in VIEWS:
+            node.target = aten.reshape.default
+            report.counters["views_to_reshapes"] += 1
+
+
 def _drop_assertions(graph: Graph, context: Context, report: Report) -> None:
     """Export-mode tracing asserts dtype and device after each cast; the meta says the same and the verifier checks it."""
     for node in list(graph.nodes):
@@ -163,6 +170,7 @@ CANONICALIZE = Pass(
     name="canonicalize",
     summary="remove no-ops and give each operation one spelling",
     rules=_rules,
+    before=_views_to_reshapes,
     after=_drop_assertions,
     exact="bitwise",
 )

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch.fx import Graph, Node
+
 from pvae.kernels.channels_last import is_channels_last
 from pvae.passes.ir import Builder, ConvNode, aten, value
 from pvae.passes.rule import Context, Match, Pass, Refusal, Rule
-from torch.fx import Graph, Node
 
 HALF = (torch.float16, torch.bfloat16)
 

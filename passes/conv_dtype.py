@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch.fx import Graph, Node
+
 from pvae.passes.ir import Builder, ConvNode, aten, value
 from pvae.passes.rule import Context, Match, Pass, Refusal, Rule
-from torch.fx import Graph, Node
 
 
 class ConvInBf16:

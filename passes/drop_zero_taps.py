@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch.fx import Graph, Node
+
 from pvae.passes.fold_pad import CONV_OPS
 from pvae.passes.ir import Builder, ConvNode, PadNode, aten, static, value
 from pvae.passes.rule import Context, Match, Pass, Refusal, Rule
-from torch.fx import Graph, Node
 
 
 @dataclass(frozen=True)

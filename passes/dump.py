@@ -6,9 +6,10 @@ conv3d      bf16[1, 96, 4, 480, 832]   = aten.conv3d(pad, decoder.conv_in.weight
 from __future__ import annotations
 
 import torch
+from torch.fx import Graph, Node
+
 from pvae.passes.ir import source_line
 from pvae.passes.verify import describe
-from torch.fx import Graph, Node
 
 
 def _target(node: Node) -> str:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from torch.fx import Graph, Node
+
 from pvae.passes.ir import Builder, ConvNode, PadNode, aten
 from pvae.passes.rule import Context, Match, Pass, Refusal, Rule
-from torch.fx import Graph, Node
 
 CONV_OPS = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
 

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pvae.runtime.torch_compat import FakeTensor, FakeTensorMode, statically_known_true
 from torch.fx import Graph, Node
 
+from pvae.runtime.torch_compat import FakeTensor, FakeTensorMode, statically_known_true
+
 aten = torch.ops.aten
+_FRAME = re.compile(r'^ *File "(.*)", line (\d+).*\n *(.*)$', re.MULTILINE)
+_TORCH = torch.__path__[0]
 
 # Ops whose result shares memory with their first argument.
 VIEW_OPS = frozenset(
@@ -67,14 +71,14 @@ def placeholders(graph: Graph) -> list[Node]:
 
 
 def source_line(node: Node) -> str:
-    """`file.py:123: code` of the model's line that made `node`, or an empty string."""
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
-    for index in range(len(lines) - 1, -1, -1):
-        if lines[index].startswith('File "'):
-            where = lines[index].split('"')
-            number = where[2].split(",")[1].replace("line", "").strip()
-            code = lines[index + 1] if index + 1 < len(lines) else ""
-            return f"{where[1].rsplit('/', 1)[-1]}:{number}: {code}"
+    """`file.py:123: code` of the model's line that made `node`, or an empty string.
+
+    That is the innermost line outside torch, not counting the `super().forward(x)` of a layer derived from torch's.
+    """
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    own = [f for f in frames if not f[0].startswith(_TORCH) and not f[2].startswith("return super().forward(")]
+    for path, number, code in reversed(own or frames):
+        return f"{path.rsplit('/', 1)[-1]}:{number}: {code}"
     return ""
 
 

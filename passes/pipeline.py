@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from torch.fx import GraphModule
+
 from pvae.passes.canonicalize import CANONICALIZE
 from pvae.passes.channels_last import CHANNELS_LAST
 from pvae.passes.conv3d_unfold import CONV3D_UNFOLD
@@ -19,7 +21,6 @@ from pvae.passes.drop_zero_taps import DROP_ZERO_TAPS
 from pvae.passes.fold_pad import FOLD_PAD
 from pvae.passes.rule import Context, Pass, Report
 from pvae.passes.verify import Signature, lay_out_outputs, verify
-from torch.fx import GraphModule
 
 PASSES: tuple[Pass, ...] = (
     CANONICALIZE,  # first: every later rule matches one spelling
@@ -120,7 +121,8 @@ Observer = Callable[[str, GraphModule], None]
 def run_pipeline(
     gm: GraphModule, pipeline: Pipeline, context: Context, *, check: bool = True, observe: Observer | None = None
 ) -> list[Report]:
-    """Run `pipeline` on `gm` in place; `observe(name, gm)` sees the graph before the first pass and after each.
+    """Run `pipeline` on `gm` in place; `observe(name, gm)` sees the graph before the first pass and after each, and last
+    as "lay_out_outputs" if any output was re-laid.
 
     A pass that raises fails the compile, with its name; nothing is caught and carried on.
     """
@@ -146,4 +148,6 @@ def run_pipeline(
         reports[-1].counters["outputs_relaid"] = relaid
     gm.graph.lint()
     gm.recompile()
+    if relaid and observe is not None:
+        observe("lay_out_outputs", gm)
     return reports

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
-from pvae.passes.ir import VIEW_OPS, placeholders
 from torch.fx import Graph, GraphModule, Node
+
+from pvae.passes.ir import VIEW_OPS, placeholders
 
 
 def split_weight_work(gm: GraphModule, weights: Collection[str]) -> tuple[GraphModule, list[int]] | None:

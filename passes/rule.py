@@ -8,8 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from pvae.passes.ir import source_line
 from torch.fx import Graph, Node
+
+from pvae.passes.ir import source_line
+
+BEYOND_LIMIT = "beyond the rewrite limit"  # the reason of every refusal once a counter is used up
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ class Pass:
     summary: str
     rules: Callable[[Context, Mapping[str, str]], list[Rule]]
     options: Mapping[str, str] = field(default_factory=dict)  # setting -> its values, for `name{setting=value}`
+    before: Callable[[Graph, Context, Report], None] | None = None  # what must not be cut short by a rewrite limit
     after: Callable[[Graph, Context, Report], None] | None = None
     exact: str = "only rounding can differ"
 
@@ -106,6 +110,8 @@ class Pass:
         """Apply the rules to `graph` in place and say what happened."""
         start = time.perf_counter()
         report = Report(self.name)
+        if self.before is not None:
+            self.before(graph, context, report)
         rules = self.rules(context, settings or {})
         for node in list(graph.nodes):
             if node.op == "call_function" and node.users and not node._erased:
@@ -128,7 +134,7 @@ class Pass:
                 continue
             ordinal = context.counter.take()
             if ordinal is None:
-                report.refusals.append(Record(rule.name, node.name, line, "beyond the rewrite limit"))
+                report.refusals.append(Record(rule.name, node.name, line, BEYOND_LIMIT))
                 return
             record = Record(rule.name, node.name, line, found.note, ordinal)
             rule.rewrite(graph, found)

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.fx import Graph, GraphModule, Node
+
 from pvae.passes.ir import Builder, aten, derive, known, output_node, value
 from pvae.passes.rule import Context
-from torch.fx import Graph, GraphModule, Node
 
 
 class VerifyError(AssertionError):

@@ -11,12 +11,12 @@ from types import CodeType
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from pvae.capture import Capture, capture_graph, tensor_constants
 from pvae.options import OptionError, Options, parse_options
 from pvae.passes import dump
-from pvae.passes.ir import placeholders
+from pvae.passes.ir import output_node, placeholders
 from pvae.passes.pipeline import Observer, run_pipeline
 from pvae.passes.prepare_weights import split_weight_work
 from pvae.passes.rule import Context, RewriteCounter
@@ -80,7 +80,8 @@ def _untouched_because(gm: GraphModule, inputs: Sequence[Any]) -> str | None:
     return None
 
 
-def _overlapping(inputs: Sequence[Any]) -> bool:
+def overlapping(inputs: Sequence[Any]) -> bool:
+    """Whether two of the tensors share memory."""
     storages = [i.untyped_storage().data_ptr() for i in inputs if isinstance(i, torch.Tensor) and i.numel()]
     return len(set(storages)) < len(storages)
 
@@ -101,7 +102,7 @@ def pvae_backend(
     capture = None
     if reason is None:
         capture = capture_graph(gm, inputs)
-        if capture.mutated and _overlapping(inputs):
+        if capture.mutated and overlapping(inputs):
             reason = "an input that is written shares memory with another input"
     if reason is not None or capture is None:
         complain(parsed, name, f"handed on untouched: {reason}")
@@ -168,10 +169,34 @@ def compile_capture(
 
 def _engine(gm: GraphModule, inputs: Sequence[Any], options: Options, fake_mode: Any) -> Callable[..., Any]:
     if options.engine == "eager":
-        return torch.fx.Interpreter(gm).run
+        return _interpreter(gm)
     current = torch._inductor.config.post_grad_custom_post_pass
     patches = {"post_grad_custom_post_pass": KeyPass(options.key(), current)}
     return compile_fx(gm, inputs, patches, fake_mode)
+
+
+def _interpreter(gm: GraphModule) -> Callable[..., Any]:
+    """Run `gm` node by node, with outputs in the strides that the graph states, as Inductor would return them.
+
+    Fake tensors and ATen's kernels do not always agree on strides (`cat` of mixed layouts is one), and a cache that came
+    back in another layout would be another kind of call.
+    """
+    leaves = torch.utils._pytree.tree_leaves(output_node(gm.graph).args)
+    stated = [n.meta["val"] if isinstance(n, Node) and n.op == "call_function" else None for n in leaves]
+    strides = [s.stride() if isinstance(s, torch.Tensor) else None for s in stated]
+
+    def run(*args: Any) -> tuple[Any, ...]:
+        outputs = torch.fx.Interpreter(gm).run(*args)
+        return tuple(o if s is None else _in_strides(o, s) for o, s in zip(outputs, strides, strict=True))
+
+    return run
+
+
+def _in_strides(tensor: torch.Tensor, strides: tuple[Any, ...]) -> torch.Tensor:
+    symbolic = not all(isinstance(s, int) for s in strides)
+    if symbolic or all(n == 1 or a == b for n, a, b in zip(tensor.shape, tensor.stride(), strides, strict=True)):
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 class _DynamoWatch(logging.Handler):

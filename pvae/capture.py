@@ -6,6 +6,7 @@ bases (FACTS, "Capturing").
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -63,14 +64,16 @@ def capture_graph(gm: GraphModule, inputs: Sequence[Any]) -> Capture:
 
 
 def capture_run(
-    run: Callable[..., list[Any]], inputs: Sequence[torch.Tensor], weights: int, mode: FakeTensorMode
+    run: Callable[..., list[Any]], inputs: Sequence[torch.Tensor], weights: Sequence[str], mode: FakeTensorMode
 ) -> Capture:
-    """Trace `run(*inputs)`, fakes of `mode` of which the last `weights` are weights; `run` returns a flat list."""
+    """Trace `run(*inputs)`, fakes of `mode` of which the last are the weights called so; `run` returns a flat list."""
     start = time.perf_counter()
     traced, mutated = _trace(run, inputs, mode, stack_traces=True)
+    nodes = placeholders(traced.graph)[len(inputs) - len(weights) :]
+    for node, name in zip(nodes, weights, strict=True):
+        node._rename(re.sub(r"\W", "_", name))  # a dump then says which weight it is
     _finish(traced, mutated)
-    names = [n.name for n in placeholders(traced.graph)]
-    return Capture(traced, mode, frozenset(names[len(names) - weights :]), tuple(mutated), time.perf_counter() - start)
+    return Capture(traced, mode, frozenset(n.name for n in nodes), tuple(mutated), time.perf_counter() - start)
 
 
 def _trace(

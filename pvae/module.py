@@ -7,16 +7,16 @@ what it returns and what it leaves in the lists that it was given become the gra
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from pvae.backend import REGISTRY, PvaeError, compile_capture, complain
+from pvae.backend import REGISTRY, PvaeError, compile_capture, complain, overlapping
 from pvae.call_structure import Box, In, Out, Rebuilder, Templates, describe, fill, same_layout, tensors_of
 from pvae.capture import capture_run, tensor_constants
-from pvae.module_state import ModuleState, layout_key, python_state, written_attribute
+from pvae.module_state import Attribute, AttributeWatch, ModuleState, layout_key
 from pvae.options import Options, parse_options
 from pvae.passes.pipeline import Observer
 from pvae.passes.rule import RewriteCounter
@@ -29,6 +29,8 @@ from pvae.runtime.torch_compat import (
     new_fake_mode,
     static_fake,
 )
+
+MAX_PROGRAMS = 64
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,11 @@ class Program:
 
 
 class CompiledForward:
-    """Stands as `module.forward`. Captures each kind of call once, then runs its compiled graph."""
+    """Stands as `module.forward`. Captures each kind of call once, then runs its compiled graph.
+
+    Attributes that forward writes (Magvit's decoder keeps its causal caches so) are passed and returned like a list
+    argument; attributes set between calls are part of a call's kind.
+    """
 
     def __init__(self, module: nn.Module, name: str, options: Options, counter: RewriteCounter) -> None:
         self.module = module
@@ -80,6 +86,8 @@ class CompiledForward:
         self._state: ModuleState | None = None
         self._layout: list[Any] = []
         self._where: tuple[torch.device, torch.device] | None = None
+        self._written: list[Attribute] = []
+        self._stays_eager = ""
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("module", "original", "name", "options", "counter", "observe")
@@ -96,42 +104,54 @@ class CompiledForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_compiling():  # an outer torch.compile takes the model's own forward
             return self.original(*args, **kwargs)
+        if self._stays_eager:
+            return self._eager(self._stays_eager, args, kwargs)
+        state = self._state
+        attributes = None if state is None or state.changed() else state.attributes()
+        if state is None or attributes is None:
+            state, attributes = self._fresh_state(), 0
+        weights = state.current()
+        if layout_key(weights) != self._layout or self._device(weights) != self._where:
+            state, attributes = self._fresh_state(), 0
+            weights = state.current()
         tensors: list[torch.Tensor] = []
         boxes: list[Box] = []
+        call = (args, kwargs, [module.__dict__.get(name) for module, name in self._written])
         try:
-            key = describe((args, kwargs), tensors, boxes)
+            key = describe(call, tensors, boxes)
             hash(key)
         except TypeError as error:
             return self._eager(f"an argument is a {error}, which a capture cannot compare", args, kwargs)
-        state = self._state
-        if state is None or state.changed():
-            state = self._fresh_state()
-        weights = state.current()
-        if layout_key(weights) != self._layout or self._device(weights) != self._where:
-            state = self._fresh_state()
-            weights = state.current()
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *weights)):
             reason = "grad mode is on and an input or weight requires grad; the passes are for inference"
             return self._eager(f"{reason} (use torch.no_grad())", args, kwargs)
         if autocast_enabled():
             return self._eager("autocast is on; cast the model and its inputs instead", args, kwargs)
-        full = (key, self.module.training)
+        full = (key, attributes)
         program = self._programs.get(full)
         if program is None:
             plain = same_layout(full)
             program = self._programs.get(plain)
             if program is None:
-                found = self._capture(args, kwargs, tensors, weights, state)
+                if len(self.programs) >= MAX_PROGRAMS:
+                    return self._eager(f"more than {MAX_PROGRAMS} kinds of call were captured", args, kwargs)
+                found = self._capture(call, tensors, weights, state)
+                if found is None:  # forward writes more attributes than was known
+                    return self(*args, **kwargs)
                 if isinstance(found, str):
+                    self._stays_eager = found
                     return self._eager(found, args, kwargs)
                 program = self._programs[plain] = found
             self._programs[full] = program
-        return program((args, kwargs), tensors, weights, boxes)
+        result = program(call, tensors, weights, boxes)
+        for (module, name), value in zip(self._written, call[2], strict=True):
+            module.__dict__[name] = value
+        return result
 
     def _fresh_state(self) -> ModuleState:
         if self._state is not None:
             self.forget()
-        self._state = ModuleState(self.module)
+        self._state = ModuleState(self.module, self._written)
         weights = self._state.current()
         self._layout, self._where = layout_key(weights), self._device(weights)
         return self._state
@@ -145,9 +165,13 @@ class CompiledForward:
         return self.original(*args, **kwargs)
 
     def _capture(
-        self, args: Any, kwargs: Any, tensors: list[torch.Tensor], weights: list[torch.Tensor], state: ModuleState
-    ) -> Program | str:
-        """Trace and compile this kind of call; a string says why it must stay eager."""
+        self, call: Any, tensors: list[torch.Tensor], weights: list[torch.Tensor], state: ModuleState
+    ) -> Program | str | None:
+        """Trace and compile this kind of call.
+
+        A string says why the module must stay eager; None that forward was found to write attributes, and that the call
+        has to be described anew.
+        """
         for path, sub in self.module.named_modules():
             if path and (sub._forward_hooks or sub._forward_pre_hooks):
                 return f"submodule {path!r} has forward hooks, which a capture would run only once"
@@ -157,53 +181,71 @@ class CompiledForward:
         mode = new_fake_mode()
         with torch.inference_mode(False), torch.no_grad():
             fakes = [static_fake(mode, t) for t in (*tensors, *weights)]
-            traced: dict[str, Any] = {}
-
-            def run(*flat: torch.Tensor) -> list[Any]:
-                rebuild = Rebuilder(flat[: len(tensors)])
-                new_args, new_kwargs = rebuild((args, kwargs))
-                templates = Templates(flat[: len(tensors)], rebuild.boxes)
-                before = [templates.content(box) for box in rebuild.boxes]
-                with state.replaced(flat[len(tensors) :]):
-                    result = self.original(*new_args, **new_kwargs)
-                leaves, spec = torch.utils._pytree.tree_flatten(result)
-                traced["result"], traced["spec"] = [templates.leaf(leaf) for leaf in leaves], spec
-                after = [templates.content(box) for box in rebuild.boxes]
-                traced["effects"] = tuple((i, a) for i, (a, b) in enumerate(zip(after, before, strict=True)) if a != b)
-                return templates.outputs
-
-            attributes = python_state(self.module)
+            traced = _Traced()
+            watch = AttributeWatch(self.module)
             try:
-                capture = capture_run(run, fakes, len(weights), mode)
+                capture = capture_run(
+                    lambda *flat: self._traced_call(call, flat, len(tensors), state, traced), fakes, state.names, mode
+                )
+                written = [(m, n) for m, n in watch.written() if (m, n) not in self._written]
             except DATA_DEPENDENT as error:
                 raise PvaeError(
                     f"{self.name}: forward decides by a tensor's value, which capture by running cannot follow; use "
                     f"torch.compile(model, backend='pvae'), which breaks the graph there ({error})"
                 ) from error
-            written = written_attribute(attributes)
-            if written is not None:
-                for module, old in attributes:
-                    for name in set(module.__dict__) - set(old) - {"_parameters", "_buffers", "_modules"}:
-                        del module.__dict__[name]
-                    module.__dict__.update(old)
-                return f"forward writes {written}, which a capture cannot replay"
-            if capture.mutated and _overlap([*tensors, *weights]):
+            finally:
+                watch.restore()
+            if written:
+                self._programs.clear()
+                self._written += written
+                self._state = ModuleState(self.module, self._written)
+                self._layout = layout_key(self._state.current())
+                return None
+            if capture.mutated and overlapping([*tensors, *weights]):
                 return "an input that is written shares memory with another input"
             report = GraphReport(self.name, "pvae.compile", str(self.options.pipeline))
-            if tensor_constants(capture.gm):
-                report.notes.append(f"{len(tensor_constants(capture.gm))} tensors made in forward are constants")
+            constants = len(tensor_constants(capture.gm))
+            if constants:
+                report.notes.append(f"{constants} tensors made in forward are constants of the graph")
             REGISTRY.add(report, weights, None)
-            free = frozenset(
-                leaf.index for _, template in traced["effects"] for leaf in _leaves(template) if isinstance(leaf, Out)
-            ) - {leaf.index for leaf in traced["result"] if isinstance(leaf, Out)}
+            result = {leaf.index for leaf in traced.result if isinstance(leaf, Out)}
+            effects = [leaf for _, template in traced.effects for leaf in _leaves(template)]
+            free = frozenset(leaf.index for leaf in effects if isinstance(leaf, Out)) - result
             compiled = compile_capture(
                 capture, fakes, self.options, report, self.counter, free_strides=free, observe=self.observe
             )
-        leaves = [*traced["result"], *(leaf for _, t in traced["effects"] for leaf in _leaves(t))]
-        returns_inputs = any(isinstance(leaf, In) for leaf in leaves)
+        returns_inputs = any(isinstance(leaf, In) for leaf in (*traced.result, *effects))
         return Program(
-            compiled, traced["result"], traced["spec"], traced["effects"], returns_inputs, capture.mutated, report
+            compiled, traced.result, traced.spec, tuple(traced.effects), returns_inputs, capture.mutated, report
         )
+
+    def _traced_call(
+        self, call: Any, flat: Sequence[torch.Tensor], inputs: int, state: ModuleState, traced: _Traced
+    ) -> list[Any]:
+        """The module's forward on fakes; returns the graph's outputs and leaves in `traced` where they belong."""
+        rebuild = Rebuilder(flat[:inputs])
+        args, kwargs, held = rebuild(call)
+        templates = Templates(flat[:inputs], rebuild.boxes)
+        before = [templates.content(box) for box in rebuild.boxes]
+        with state.replaced(flat[inputs:]):
+            for (module, name), value in zip(self._written, held, strict=True):
+                module.__dict__[name] = value
+            result = self.original(*args, **kwargs)
+            held[:] = [module.__dict__.get(name) for module, name in self._written]
+        leaves, traced.spec = torch.utils._pytree.tree_flatten(result)
+        traced.result = [templates.leaf(leaf) for leaf in leaves]
+        after = [templates.content(box) for box in rebuild.boxes]
+        traced.effects = [(i, a) for i, (a, b) in enumerate(zip(after, before, strict=True)) if a != b]
+        return templates.outputs
+
+
+@dataclass
+class _Traced:
+    """What tracing learnt besides the graph: where each output goes."""
+
+    result: list[Any] = field(default_factory=list)
+    spec: Any = None
+    effects: list[tuple[int, Any]] = field(default_factory=list)
 
 
 def _leaves(template: Any) -> Iterator[Any]:
@@ -215,11 +257,6 @@ def _leaves(template: Any) -> Iterator[Any]:
             yield from _leaves(item)
     else:
         yield template
-
-
-def _overlap(tensors: Sequence[torch.Tensor]) -> bool:
-    storages = [t.untyped_storage().data_ptr() for t in tensors if t.numel()]
-    return len(set(storages)) < len(storages)
 
 
 def regions(model: nn.Module) -> dict[str, nn.Module]:
@@ -242,12 +279,16 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
 
     Raises OptionError or PipelineError for what it does not know; PvaeError where a forward cannot be captured.
     """
-    parsed = parse_options(options)
-    counter = RewriteCounter(parsed.rewrite_limit)
+    return compile_with(model, parse_options(options))
+
+
+def compile_with(model: nn.Module, options: Options) -> nn.Module:
+    """`compile` with options that are already parsed; the environment is not read again."""
+    counter = RewriteCounter(options.rewrite_limit)
     restore(model)
     for name, module in regions(model).items():
         where = f"{type(model).__name__}.{name}" if name else type(model).__name__
-        module.forward = CompiledForward(module, where, parsed, counter)  # type: ignore[method-assign]
+        module.forward = CompiledForward(module, where, options, counter)  # type: ignore[method-assign]
     return model
 
 

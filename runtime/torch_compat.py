@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from types import CodeType
 from typing import Any
@@ -29,8 +30,10 @@ __all__ = [
     "autocast_enabled",
     "compile_fx",
     "conv_backend",
+    "cpp_compiler",
     "current_frame",
     "functional_graph",
+    "inductor_cache_dir",
     "is_compiling",
     "new_fake_mode",
     "static_fake",
@@ -49,7 +52,10 @@ def new_fake_mode() -> FakeTensorMode:
 
 
 def static_fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` as a fake of `mode`: same sizes and strides, no data, no symbols."""
+    """`tensor` as a fake of `mode`: same sizes and strides, no data, no symbols. It may be a fake already."""
+    if isinstance(tensor, FakeTensor):
+        with mode:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
     return mode.from_tensor(tensor, static_shapes=True)
 
 
@@ -69,6 +75,24 @@ def conv_backend(
         x, weight, bias, list(stride), list(padding), list(dilation), False, zeros, groups, sizes
     )
     return str(found).rpartition(".")[2]
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler that Inductor would use on the CPU, or None if it finds none."""
+    from torch._inductor.cpp_builder import get_cpp_compiler  # slow to import
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return None
+
+
+def inductor_cache_dir() -> str:
+    """Where Inductor keeps compiled code on disk; the folder may not exist yet."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    return os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
 
 
 def current_frame() -> tuple[CodeType | None, int | None]:
