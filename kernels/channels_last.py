@@ -25,3 +25,6 @@ def channels_last(x: Tensor) -> Tensor:
 @channels_last.register_fake
 def _(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=FORMATS[x.dim()])
+
+
+OP = torch.ops.pvae.channels_last.default

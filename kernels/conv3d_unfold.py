@@ -65,7 +65,7 @@ def conv3d_unfold(
     """
     kernel = (kernel_time, weight.shape[2], weight.shape[3])
     t_out, h_out, w_out = out_sizes(x, kernel, stride, padding, dilation)
-    n, c = x.shape[:2]
+    n = x.shape[0]
     y = _strided_empty(x, (n, weight.shape[0], t_out, h_out, w_out), channels_last)
     if y.numel() == 0:
         return y
@@ -136,6 +136,9 @@ def _unfold(
     r1, c1 = max(r0, min(rows, h_in - first_row)), max(c0, min(cols, w_in - first_col))
     if (r0, r1, c0, c1) != (0, rows, 0, cols):
         buffer.zero_()
+    unfolded = buffer.flatten(4, 6).permute(0, 1, 4, 2, 3).flatten(0, 1)
+    if channels_last:
+        source, buffer = _as_wide_elements(source, buffer)
     for tap in range(kernel[0]):
         shift = tap * dilation[0] - front_t  # output frame t reads input frame t * stride + shift
         j0 = max(0, -((t0 * stride[0] + shift) // stride[0]))
@@ -149,8 +152,17 @@ def _unfold(
             buffer[:, j0:j1, r0:r1, c0:c1, :, tap] = frames[
                 :, :, first_row + r0 : first_row + r1, first_col + c0 : first_col + c1
             ]
-    unfolded = buffer.flatten(4, 6).permute(0, 1, 4, 2, 3).flatten(0, 1)
     return unfolded, pad_h, pad_w
+
+
+def _as_wide_elements(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The same memory as 16-byte elements, where every tensor allows it: ATen's copy moves one element a thread."""
+    for t in tensors:
+        per = 16 // t.element_size()
+        steps = (t.shape[-1], t.storage_offset(), *t.stride()[:-1])
+        if t.stride(-1) != 1 or any(n % per for n in steps):
+            return tensors
+    return tuple(t.view(torch.complex128) for t in tensors)
 
 
 @conv3d_unfold.register_fake
@@ -168,6 +180,9 @@ def _(
     kernel = (kernel_time, weight.shape[2], weight.shape[3])
     sizes = out_sizes(x, kernel, stride, padding, dilation)
     return _strided_empty(x, (x.shape[0], weight.shape[0], *sizes), channels_last)
+
+
+OP = torch.ops.pvae.conv3d_unfold.default
 
 
 def reference(

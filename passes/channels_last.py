@@ -8,15 +8,32 @@ decoder measured (FACTS: Wan 1744 -> 1028 ms, Qwen-Image 53.9 -> 38.7); elsewher
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from pvae.kernels.channels_last import is_channels_last
+from pvae.kernels import channels_last as kernel
 from pvae.passes.ir import Builder, ConvNode, aten, value
 from pvae.passes.rule import Context, Match, Pass, Refusal, Rule
 
 HALF = (torch.float16, torch.bfloat16)
+
+
+def no_gain(weight: torch.Tensor) -> str | None:
+    """Why channels_last is not chosen by itself for a convolution with this weight, or None."""
+    if weight.device.type != "cuda":
+        return f"no gain measured on {weight.device.type}"
+    if weight.dtype not in HALF:
+        return f"no gain measured for {weight.dtype}"
+    return None
+
+
+def mode(options: Any) -> str:
+    """What the options ask for, taken together: "auto", "on" or "off"."""
+    if options.conv3d == "channels_last" or options.channels_last == "on":
+        return "on"
+    return "off" if options.channels_last == "off" or options.conv3d == "native" else "auto"
 
 
 class WeightChannelsLast:
@@ -32,29 +49,24 @@ class WeightChannelsLast:
         if conv is None or conv.ndim not in (2, 3):
             return None
         weight = value(conv.weight)
-        if is_channels_last(weight) and not weight.is_contiguous():
+        if kernel.is_channels_last(weight) and not weight.is_contiguous():
             return None
-        if not self.forced:
-            if weight.device.type != "cuda":
-                return Refusal(node, f"no gain measured on {weight.device.type}")
-            if weight.dtype not in HALF:
-                return Refusal(node, f"no gain measured for {weight.dtype}")
+        reason = None if self.forced else no_gain(weight)
+        if reason is not None:
+            return Refusal(node, reason)
         if any(n.target is aten.as_strided.default for n in node.graph.nodes):
             return Refusal(node, "the graph reads strides (as_strided)")
         return Match(node, conv)
 
     def rewrite(self, graph: Graph, match: Match) -> None:
         conv = match.facts
-        weight = Builder(match.node)(torch.ops.pvae.channels_last.default, conv.weight)
+        weight = Builder(match.node)(kernel.OP, conv.weight)
         match.node.replace_input_with(conv.weight, weight)
 
 
 def _rules(context: Context, settings: Mapping[str, str]) -> list[Rule]:
-    choice = settings.get("layout", context.options.channels_last)
-    forced = choice == "on" or context.options.conv3d == "channels_last"
-    if (choice == "off" and not forced) or context.options.conv3d == "native":
-        return []
-    return [WeightChannelsLast(forced)]
+    choice = settings.get("layout", mode(context.options))
+    return [] if choice == "off" else [WeightChannelsLast(forced=choice == "on")]
 
 
 CHANNELS_LAST = Pass(

@@ -20,6 +20,7 @@ import torch
 from torch.fx import Graph, Node
 
 from pvae.kernels import conv3d_unfold as kernel
+from pvae.kernels.channels_last import OP as CHANNELS_LAST
 from pvae.passes.ir import Builder, ConvNode, PadNode, aten, fake_mode_of, known, value
 from pvae.passes.rule import Context, Match, Pass, Refusal, Rule
 from pvae.runtime.torch_compat import conv_backend
@@ -31,8 +32,10 @@ def unfold_pays(conv: ConvNode) -> str | None:
     """None if the unfold is the faster form of `conv` on its device by what was measured, else why not.
 
     ROCm: always (MIOpen's conv3d; SGLang measured +3.6 % end to end, and an order of magnitude on single layers).
-    CUDA, half precision: for 32 to 128 input channels. H200, TFLOP/s of conv3d channels_last_3d against the unfold:
-    C=96 237 / 324, C=192 538 / 440, C=384 588 / 600 at two frames and 395 / 346 at one; 96 -> 3 channels 23 / 16.
+    CUDA, half precision: between 64 and 128 input channels, for which cuDNN has no good conv3d kernel. H200, TFLOP/s of
+    conv3d channels_last_3d against the unfold: C=96 237 / 324, C=192 538 / 440, C=384 588 / 600 at two frames and
+    395 / 346 at one; 96 -> 3 channels 23 / 16. At C=128 whole decoders lose by it (LTX-2 44.8 -> 59.0 ms, CogVideoX 170
+    -> 190, 2026-11-21), so it stays with cuDNN.
     CPU: where ATen has no fast conv3d but a fast conv2d. EPYC, fp32, ms: C=16 18.3 / 0.8, C=64 22.4 / 2.6; where oneDNN
     takes the 3-D form (C >= 96, bf16) both are equal.
     """
@@ -42,8 +45,10 @@ def unfold_pays(conv: ConvNode) -> str | None:
             return None
         if x.dtype not in (torch.float16, torch.bfloat16):
             return f"cuDNN's conv3d is kept for {x.dtype}"
-        if not 32 <= conv.in_channels <= 128 or conv.out_channels < 32:
-            return f"{conv.in_channels} -> {conv.out_channels} channels: cuDNN's conv3d is as fast (unfold pays for 32 to 128)"
+        if not 64 < conv.in_channels < 128 or conv.out_channels < 32:
+            return (
+                f"{conv.in_channels} -> {conv.out_channels} channels: cuDNN's conv3d is as fast (the unfold pays at 96)"
+            )
         return None
     if x.device.type == "cpu":
         padding = [max(pair) for pair in conv.padding]
@@ -192,13 +197,13 @@ class UnfoldTime:
         weight = build(aten.reshape.default, weight, [conv.out_channels, flat, *conv.kernel[1:]])
         channels_last = self.layout == "on" or (self.layout == "auto" and value(x).device.type == "cuda")
         if channels_last:
-            weight = build(torch.ops.pvae.channels_last.default, weight)
+            weight = build(CHANNELS_LAST, weight)
             x = build(aten.contiguous.default, x, memory_format=torch.channels_last_3d)
         else:
             weight = build(aten.contiguous.default, weight)
         on_cuda = value(x).device.type == "cuda"
         y = build(
-            torch.ops.pvae.conv3d_unfold.default,
+            kernel.OP,
             x,
             weight,
             None if on_cuda else conv.bias,

@@ -55,6 +55,8 @@ class DropZeroTaps:
         pad = PadNode.of(conv.x)
         if pad is not None and (pad.mode != "constant" or pad.fill != 0.0 or len(pad.pads) > conv.ndim):
             pad = None
+        if pad is not None and any(width < 0 for pair in pad.pads for width in pair):
+            pad = None  # it crops: what the convolution then pads are zeros, not the frames that were cropped
         x = pad.x if pad is not None else conv.x
         found: list[Taps] = []
         dropped = 0
@@ -80,7 +82,8 @@ class DropZeroTaps:
     def rewrite(self, graph: Graph, match: Match) -> None:
         conv, x, found = match.facts
         build = Builder(match.node)
-        weight, padding, left = conv.weight, [], []
+        weight, padding = conv.weight, list[int]()
+        left: list[int] = []
         for dim, taps in enumerate(found):
             if taps.last - taps.first + 1 != conv.kernel[dim]:
                 weight = build(aten.slice.Tensor, weight, 2 + dim, taps.first, taps.last + 1)

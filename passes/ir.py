@@ -82,6 +82,27 @@ def source_line(node: Node) -> str:
     return ""
 
 
+# Ops that hand back their first argument itself where nothing has to be done.
+MAYBE_NO_OPS = frozenset(
+    {
+        aten.to.dtype,
+        aten.to.device,
+        aten.to.dtype_layout,
+        aten.to.other,
+        aten.type_as.default,
+        aten.contiguous.default,
+        aten.dropout.default,
+        aten.feature_dropout.default,
+        aten.alpha_dropout.default,
+    }
+)
+
+
+def _may_alias(node: Node) -> bool:
+    """Whether the result of `node` may share memory with its first argument."""
+    return node.target in VIEW_OPS or node.target in MAYBE_NO_OPS or getattr(node.target, "is_view", False)
+
+
 def reaches_output(node: Node) -> bool:
     """Whether the memory of `node` may be what the graph returns: an output is it, or a view of it."""
     todo, seen = [node], {node}
@@ -89,7 +110,7 @@ def reaches_output(node: Node) -> bool:
         for user in todo.pop().users:
             if user.op == "output":
                 return True
-            if user.target in VIEW_OPS and user not in seen:
+            if _may_alias(user) and user not in seen:
                 seen.add(user)
                 todo.append(user)
     return False

@@ -19,8 +19,9 @@ from pvae.passes.conv3d_unfold import CONV3D_UNFOLD
 from pvae.passes.conv_dtype import CONV_DTYPE
 from pvae.passes.drop_zero_taps import DROP_ZERO_TAPS
 from pvae.passes.fold_pad import FOLD_PAD
+from pvae.passes.output_layout import lay_out_outputs
 from pvae.passes.rule import Context, Pass, Report
-from pvae.passes.verify import Signature, lay_out_outputs, verify
+from pvae.passes.verify import Signature, verify
 
 PASSES: tuple[Pass, ...] = (
     CANONICALIZE,  # first: every later rule matches one spelling
@@ -38,10 +39,25 @@ class PipelineError(ValueError):
     """A pipeline text or pass name that pvae does not know."""
 
 
+def register(new: Pass, *, before: str | None = None) -> None:
+    """Add a pass of your own to the default pipeline of this process: before the pass named, else at the end.
+
+    A pass of the same name is replaced where it stands. Raises PipelineError if there is no pass `before`.
+    """
+    global PASSES, BY_NAME
+    names = [p.name for p in PASSES]
+    if new.name in names:
+        PASSES = tuple(new if p.name == new.name else p for p in PASSES)
+    else:
+        position = len(PASSES) if before is None else names.index(pass_named(before).name)
+        PASSES = (*PASSES[:position], new, *PASSES[position:])
+    BY_NAME = {p.name: p for p in PASSES}
+
+
 def pass_named(name: str) -> Pass:
     if name not in BY_NAME:
         near = difflib.get_close_matches(name, BY_NAME, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise PipelineError(f"there is no pass {name!r}{hint} The passes are: {', '.join(BY_NAME)}")
     return BY_NAME[name]
 

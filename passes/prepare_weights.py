@@ -23,11 +23,13 @@ def split_weight_work(gm: GraphModule, weights: Collection[str]) -> tuple[GraphM
     constant: set[Node] = {n for n in inputs if n.name in weights}
     costly: set[Node] = set()
     for node in gm.graph.nodes:
-        if node.op == "call_function" and node.all_input_nodes and constant.issuperset(node.all_input_nodes):
-            if isinstance(node.meta.get("val"), torch.Tensor):
-                constant.add(node)
-                if node.target not in VIEW_OPS or costly.intersection(node.all_input_nodes):
-                    costly.add(node)
+        sources = node.all_input_nodes
+        if node.op != "call_function" or not sources or not constant.issuperset(sources):
+            continue
+        if isinstance(node.meta.get("val"), torch.Tensor):
+            constant.add(node)
+            if node.target not in VIEW_OPS or costly.intersection(sources):
+                costly.add(node)
     results = [n for n in gm.graph.nodes if n in costly and any(u not in constant for u in n.users)]
     if not results:
         return None

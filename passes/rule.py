@@ -85,7 +85,9 @@ class Report:
 class Rule(Protocol):
     """One rewrite. `match` reads; `rewrite` acts on what `match` found and on nothing else."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What reports call it."""
 
     def match(self, node: Node) -> Match | Refusal | None:
         """None: not this rule's kind of node. Refusal: its kind, but not now, and why."""

@@ -5,7 +5,7 @@
     outputs             as many, of the shapes, dtypes and devices that went in
     writes              nothing is written in place except graph inputs, by the copies that end the graph
 Strides are derived, not promised: the verifier writes the derived ones into the meta (layout passes change them), and
-`lay_out_outputs` gives the caller what eager would have returned.
+`output_layout.py` gives the caller what eager would have returned.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
-from pvae.passes.ir import Builder, aten, derive, known, output_node, value
-from pvae.passes.rule import Context
+from pvae.passes.ir import aten, derive, known, output_node, value
 
 
 class VerifyError(AssertionError):
@@ -98,56 +97,3 @@ def verify(graph: Graph, signature: Signature, after: str) -> None:
     for index, (old, new) in enumerate(zip(signature.outputs, now.outputs, strict=True)):
         if isinstance(old, torch.Tensor) and not (isinstance(new, torch.Tensor) and _same_tensor(old, new)):
             raise VerifyError(f"after pass {after!r}: output {index} was {describe(old)}, is {describe(new)}")
-
-
-def lay_out_outputs(gm: GraphModule, signature: Signature, context: Context) -> int:
-    """Give each output whose strides a pass changed its layout back; returns how many were re-laid.
-
-    The caller's outputs get eager's order of dimensions (one that was a view with gaps comes back dense). Outputs in
-    `free_strides`, which only compiled code reads again, are channels_last if this graph works so and contiguous if not:
-    one rule for every graph of a model, so that a cache looks the same to the next call whichever graph wrote it.
-    """
-    out = output_node(gm.graph)
-    leaves, spec = torch.utils._pytree.tree_flatten(out.args)
-    inner = any(n.target is torch.ops.pvae.channels_last.default for n in gm.graph.nodes)
-    changed = 0
-    for index, (node, promised) in enumerate(zip(leaves, signature.outputs, strict=True)):
-        if not isinstance(node, Node) or not isinstance(promised, torch.Tensor) or node.op == "placeholder":
-            continue
-        if index not in context.free_strides:
-            order = _dimension_order(promised.stride())
-            if _same_strides(value(node), promised.stride()):
-                continue
-        else:
-            order = list(range(promised.dim()))
-            if inner and promised.dim() in (4, 5):
-                order = [0, *order[2:], 1]
-            if _same_strides(value(node), _dense_strides(promised.shape, order)):
-                continue
-        build = Builder(out)
-        y = build(aten.permute.default, node, order)
-        y = build(aten.clone.default, y, memory_format=torch.contiguous_format)
-        leaves[index] = build(aten.permute.default, y, [order.index(d) for d in range(len(order))])
-        changed += 1
-    if changed:
-        out.args = torch.utils._pytree.tree_unflatten(leaves, spec)
-    return changed
-
-
-def _dimension_order(strides: Any) -> list[int]:
-    if not all(isinstance(s, int) for s in strides):
-        return list(range(len(strides)))
-    return sorted(range(len(strides)), key=lambda d: strides[d], reverse=True)
-
-
-def _dense_strides(shape: Any, order: list[int]) -> list[Any]:
-    strides, step = [0] * len(order), 1
-    for dim in reversed(order):
-        strides[dim] = step
-        step = step * shape[dim]
-    return strides
-
-
-def _same_strides(tensor: torch.Tensor, strides: Any) -> bool:
-    triples = zip(tensor.shape, tensor.stride(), strides, strict=True)
-    return all(known(size == 1) or known(now == then) for size, now, then in triples)

@@ -123,6 +123,14 @@ class BoxRef:
     index: int
 
 
+class Unknown(Exception):
+    """A value among a call's results that may hold tensors where they cannot be found; says its type."""
+
+
+def _is_constant(value: Any) -> bool:
+    return isinstance(value, CONSTANTS) or (isinstance(value, tuple) and all(map(_is_constant, value)))
+
+
 class Templates:
     """Turns what the traced call returned or left in a container into a template, collecting the graph's outputs."""
 
@@ -140,6 +148,8 @@ class Templates:
                 self._known[id(value)] = len(self.outputs)
                 self.outputs.append(value)
             return Out(self._known[id(value)])
+        if not _is_constant(value):
+            raise Unknown(f"{type(value).__module__}.{type(value).__qualname__}")
         return value
 
     def __call__(self, value: Any) -> Any:

@@ -14,10 +14,13 @@ import torch
 from torch import nn
 
 from pvae.backend import REGISTRY, PvaeError, compile_capture, complain, overlapping
-from pvae.call_structure import Box, In, Out, Rebuilder, Templates, describe, fill, same_layout, tensors_of
+from pvae.call_structure import Box, In, Out, Rebuilder, Templates, Unknown, describe, fill, same_layout, tensors_of
 from pvae.capture import capture_run, tensor_constants
-from pvae.module_state import Attribute, AttributeWatch, ModuleState, layout_key
+from pvae.kernels.channels_last import FORMATS
+from pvae.module_state import Absent, Attribute, AttributeWatch, ModuleState, layout_key
 from pvae.options import Options, parse_options
+from pvae.passes import channels_last
+from pvae.passes.channels_last import no_gain
 from pvae.passes.pipeline import Observer
 from pvae.passes.rule import RewriteCounter
 from pvae.report import GraphReport
@@ -116,7 +119,7 @@ class CompiledForward:
             weights = state.current()
         tensors: list[torch.Tensor] = []
         boxes: list[Box] = []
-        call = (args, kwargs, [module.__dict__.get(name) for module, name in self._written])
+        call = (args, kwargs, [table.get(name, Absent.ABSENT) for table, name in self._written])
         try:
             key = describe(call, tensors, boxes)
             hash(key)
@@ -144,13 +147,20 @@ class CompiledForward:
                 program = self._programs[plain] = found
             self._programs[full] = program
         result = program(call, tensors, weights, boxes)
-        for (module, name), value in zip(self._written, call[2], strict=True):
-            module.__dict__[name] = value
+        self._write_attributes(call[2])
         return result
+
+    def _write_attributes(self, values: Sequence[Any]) -> None:
+        for (table, name), value in zip(self._written, values, strict=True):
+            if value is Absent.ABSENT:
+                table.pop(name, None)
+            else:
+                table[name] = value
 
     def _fresh_state(self) -> ModuleState:
         if self._state is not None:
             self.forget()
+        lay_out_weights(self.module, self.options)
         self._state = ModuleState(self.module, self._written)
         weights = self._state.current()
         self._layout, self._where = layout_key(weights), self._device(weights)
@@ -187,7 +197,10 @@ class CompiledForward:
                 capture = capture_run(
                     lambda *flat: self._traced_call(call, flat, len(tensors), state, traced), fakes, state.names, mode
                 )
-                written = [(m, n) for m, n in watch.written() if (m, n) not in self._written]
+                known = {(id(table), name) for table, name in self._written}
+                written = [(table, name) for table, name in watch.written() if (id(table), name) not in known]
+            except Unknown as error:
+                return f"forward returns or keeps a {error}, which a capture cannot take apart"
             except DATA_DEPENDENT as error:
                 raise PvaeError(
                     f"{self.name}: forward decides by a tensor's value, which capture by running cannot follow; use "
@@ -228,10 +241,9 @@ class CompiledForward:
         templates = Templates(flat[:inputs], rebuild.boxes)
         before = [templates.content(box) for box in rebuild.boxes]
         with state.replaced(flat[inputs:]):
-            for (module, name), value in zip(self._written, held, strict=True):
-                module.__dict__[name] = value
+            self._write_attributes(held)
             result = self.original(*args, **kwargs)
-            held[:] = [module.__dict__.get(name) for module, name in self._written]
+            held[:] = [table.get(name, Absent.ABSENT) for table, name in self._written]
         leaves, traced.spec = torch.utils._pytree.tree_flatten(result)
         traced.result = [templates.leaf(leaf) for leaf in leaves]
         after = [templates.content(box) for box in rebuild.boxes]
@@ -259,6 +271,20 @@ def _leaves(template: Any) -> Iterator[Any]:
         yield template
 
 
+def lay_out_weights(module: nn.Module, options: Options) -> None:
+    """Put convolution weights into channels_last in place where the layout policy wants them so.
+
+    Values, sizes and identity stay; only strides change. Otherwise every call would re-lay them (LTX-2: 4 % of a decode).
+    """
+    mode = channels_last.mode(options)
+    for conv in module.modules():
+        if mode == "off" or not isinstance(conv, (nn.Conv2d, nn.Conv3d)):
+            continue
+        weight = conv.weight
+        if type(weight.data) is torch.Tensor and not weight.is_meta and (mode == "on" or not no_gain(weight)):
+            weight.data = weight.data.contiguous(memory_format=FORMATS[weight.dim()])
+
+
 def regions(model: nn.Module) -> dict[str, nn.Module]:
     """The submodules that `compile` takes: encoder and decoder of an autoencoder, the repeated blocks of a diffusers
     transformer, else the model itself (by the empty name)."""
@@ -274,7 +300,8 @@ def regions(model: nn.Module) -> dict[str, nn.Module]:
 def compile(model: nn.Module, **options: Any) -> nn.Module:
     """Compile `model` in place and return it: encoder and decoder of an autoencoder, blocks of a DiT, else the whole.
 
-    Options are those of `pvae.Options`. Compiling again replaces the earlier choice. Each kind of call is captured when
+    Options are those of `pvae.Options`. Compiling again replaces the earlier choice. On a GPU the strides of convolution
+    weights change (to channels_last), not their values. Each kind of call is captured when
     it first comes; module attributes are read at that time (after changing one, call `pvae.refresh(model)`).
 
     Raises OptionError or PipelineError for what it does not know; PvaeError where a forward cannot be captured.
@@ -288,7 +315,7 @@ def compile_with(model: nn.Module, options: Options) -> nn.Module:
     restore(model)
     for name, module in regions(model).items():
         where = f"{type(model).__name__}.{name}" if name else type(model).__name__
-        module.forward = CompiledForward(module, where, options, counter)  # type: ignore[method-assign]
+        module.forward = CompiledForward(module, where, options, counter)
     return model
 
 
@@ -305,7 +332,7 @@ def restore(model: nn.Module) -> nn.Module:
         if getattr(forward.original, "__func__", None) is type(module).forward:
             del module.__dict__["forward"]
         else:
-            module.forward = forward.original  # type: ignore[method-assign]
+            module.forward = forward.original
     return model
 
 

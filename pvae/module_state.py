@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
@@ -12,7 +13,13 @@ from torch import nn
 
 PLAIN = (bool, int, float, str, type(None), torch.dtype)
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__) - {"training"}
-Attribute = tuple[nn.Module, str]
+Attribute = tuple[dict[str, Any], str]  # a module's own dict, or its buffers, and a name in it
+
+
+class Absent(enum.Enum):
+    """The value of an attribute that is not there."""
+
+    ABSENT = "absent"
 
 
 def _is_plain(value: Any) -> bool:
@@ -35,20 +42,23 @@ class ModuleState:
         self._getters: list[tuple[dict[str, Any], Any]] = []
         self._aliases: list[tuple[dict[str, Any], str, int]] = []
         seen: dict[int, int] = {}
-        skip = {(id(m), name) for m, name in written}
+        skip = {(id(table), name) for table, name in written}
+        self._hooks: list[Any] = []
         for path, sub in module.named_modules():
+            if path:
+                self._hooks += [sub._forward_hooks, sub._forward_pre_hooks]
             if sub._modules:
                 self._children.append((sub._modules, tuple(sub._modules.values())))
             plain = [
                 name
                 for name, value in sub.__dict__.items()
-                if name not in _OF_EVERY_MODULE and (id(sub), name) not in skip and _is_plain(value)
+                if name not in _OF_EVERY_MODULE and (id(sub.__dict__), name) not in skip and _is_plain(value)
             ]
             if plain:
                 self._getters.append((sub.__dict__, itemgetter(*plain)))
             for table in (sub._parameters, sub._buffers, sub.__dict__):
                 for name, tensor in table.items():
-                    if not isinstance(tensor, torch.Tensor) or (table is sub.__dict__ and (id(sub), name) in skip):
+                    if not isinstance(tensor, torch.Tensor) or (id(table), name) in skip:
                         continue
                     if id(tensor) in seen:
                         self._aliases.append((table, name, seen[id(tensor)]))
@@ -65,7 +75,9 @@ class ModuleState:
         return [table[name] for table, name in self._slots]
 
     def changed(self) -> bool:
-        """Whether submodules were added, removed or replaced, or tied weights untied."""
+        """Whether submodules were added, removed, replaced or got a hook, or tied weights were untied."""
+        if any(self._hooks):
+            return True
         for table, children in self._children:
             if tuple(table.values()) != children:
                 return True
@@ -97,7 +109,10 @@ class ModuleState:
 
     @contextmanager
     def replaced(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
-        """Within the block the module computes with `tensors`, one for each of `current()`."""
+        """Within the block the module computes with `tensors`, one for each of `current()`.
+
+        What the block itself puts in a tensor's place stays there, for `AttributeWatch` to find.
+        """
         own = self.current()
         everywhere = [(t, n, i) for i, (t, n) in enumerate(self._slots)] + self._aliases
         try:
@@ -106,35 +121,71 @@ class ModuleState:
             yield
         finally:
             for table, name, index in everywhere:
-                table[name] = own[index]
+                if table.get(name) is tensors[index]:
+                    table[name] = own[index]
 
 
 def layout_key(weights: Sequence[torch.Tensor]) -> list[Any]:
     """What of the weights a compiled graph depends on besides their values."""
-    return [(w.dtype, w.stride()) for w in weights]
+    return [(w.dtype, w.shape, w.stride()) for w in weights]
+
+
+def _snapshot(value: Any) -> tuple[Any, Any]:
+    """`value` itself and, for a list or dict, what it holds."""
+    if type(value) is list:
+        return value, [_snapshot(v) for v in value]
+    if type(value) is dict:
+        return value, {k: _snapshot(v) for k, v in value.items()}
+    return value, None
+
+
+def _intact(value: Any, snapshot: tuple[Any, Any]) -> bool:
+    same, held = snapshot
+    if value is not same or held is None:
+        return value is same
+    if isinstance(held, dict):
+        return value.keys() == held.keys() and all(_intact(value[k], held[k]) for k in held)
+    return len(value) == len(held) and all(map(_intact, value, held))
+
+
+def _put_back(snapshot: tuple[Any, Any]) -> Any:
+    value, held = snapshot
+    if isinstance(held, list):
+        value[:] = map(_put_back, held)
+    elif isinstance(held, dict):
+        value.clear()
+        value.update({k: _put_back(v) for k, v in held.items()})
+    return value
 
 
 class AttributeWatch:
-    """Which attributes a forward writes: a snapshot of every submodule's own attributes, compared and restored."""
+    """Which attributes and buffers a forward writes: a snapshot of every submodule's own, compared and restored.
+
+    Lists and dicts, and those inside them, are compared by what they hold.
+    """
 
     def __init__(self, module: nn.Module) -> None:
-        self._before = [(m, self._own(m)) for m in module.modules()]
+        self._before = [
+            (table, {name: _snapshot(value) for name, value in self._own(table).items()})
+            for m in module.modules()
+            for table in (m.__dict__, m._buffers)
+        ]
 
     @staticmethod
-    def _own(module: nn.Module) -> dict[str, Any]:
-        return {k: v for k, v in module.__dict__.items() if k not in _OF_EVERY_MODULE and k != "forward"}
+    def _own(table: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in table.items() if k not in _OF_EVERY_MODULE and k != "forward"}
 
     def written(self) -> list[Attribute]:
-        """The attributes that are no longer the object they were, are new, or are gone."""
+        """The attributes that are no longer what they were, are new, or are gone."""
         found: list[Attribute] = []
-        for module, before in self._before:
-            now = self._own(module)
-            names = [n for n in {**before, **now} if now.get(n, self) is not before.get(n, self)]
-            found += [(module, n) for n in names]
+        for table, before in self._before:
+            now = self._own(table)
+            found += [(table, n) for n in now.keys() - before.keys()]
+            found += [(table, n) for n, s in before.items() if not _intact(now.get(n, Absent.ABSENT), s)]
         return found
 
     def restore(self) -> None:
-        for module, before in self._before:
-            for name in self._own(module).keys() - before.keys():
-                del module.__dict__[name]
-            module.__dict__.update(before)
+        for table, before in self._before:
+            for name in self._own(table).keys() - before.keys():
+                del table[name]
+            table.update({name: _put_back(s) for name, s in before.items()})

@@ -75,7 +75,7 @@ NAMES = tuple(f.name for f in fields(Options))
 
 def _unknown(name: str, valid: tuple[str, ...], what: str) -> OptionError:
     near = difflib.get_close_matches(name, valid, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     return OptionError(f"pvae has no {what} {name!r}{hint} It has: {', '.join(valid)}")
 
 

@@ -16,7 +16,8 @@ _ALL: weakref.WeakSet[FrozenWeights] = weakref.WeakSet()
 
 
 def _stamp(weights: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
-    return [(w.data_ptr(), w._version) for w in weights]
+    # Tensors made in inference mode have no version: a write to one is not seen, as one through `.data` is not.
+    return [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
 
 
 @dataclass
@@ -54,7 +55,11 @@ class FrozenWeights:
 
     def _dropper(self, key: tuple[int, ...]) -> Callable[[Any], None]:
         entries = self._entries
-        return lambda _: entries.pop(key, None) and None
+
+        def drop(_: Any) -> None:
+            entries.pop(key, None)
+
+        return drop
 
     def forget(self, ids: set[int]) -> None:
         for key in [k for k in self._entries if ids.intersection(k)]:

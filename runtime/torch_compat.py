@@ -53,7 +53,7 @@ def new_fake_mode() -> FakeTensorMode:
 
 def static_fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` as a fake of `mode`: same sizes and strides, no data, no symbols. It may be a fake already."""
-    if isinstance(tensor, FakeTensor):
+    if isinstance(tensor, FakeTensor) or tensor.is_inference():  # `from_tensor` fails on inference parameters
         with mode:
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
     return mode.from_tensor(tensor, static_shapes=True)
@@ -144,6 +144,6 @@ def compile_fx(
     from torch._inductor.compile_fx import compile_fx as inductor  # slow to import, and not needed by engine="eager"
 
     if fake_mode is None:
-        return inductor(graph_module, inputs, config_patches=config_patches)  # type: ignore[return-value]
+        return inductor(graph_module, inputs, config_patches=config_patches)
     with tracing(TracingContext(fake_mode)):
-        return inductor(graph_module, inputs, config_patches=config_patches)  # type: ignore[return-value]
+        return inductor(graph_module, inputs, config_patches=config_patches)

@@ -1,0 +1,84 @@
+"""The last step of every pipeline: outputs in the memory that eager would have given them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from pvae.kernels.channels_last import FORMATS, is_channels_last
+from pvae.kernels.compact import OP as COMPACT
+from pvae.kernels.conv3d_unfold import OP as UNFOLD
+from pvae.passes.ir import VIEW_OPS, Builder, ConvNode, aten, known, output_node, value
+from pvae.passes.rule import Context
+from pvae.passes.verify import Signature
+
+
+def lay_out_outputs(gm: GraphModule, signature: Signature, context: Context) -> int:
+    """Give outputs the memory that eager gives them; returns how many were re-laid.
+
+    The caller's outputs get eager's order of dimensions (one that was a view with gaps comes back dense). Outputs in
+    `free_strides`, which only compiled code reads again, are channels_last if this graph works so and contiguous if not:
+    one rule for every graph of a model, so that a cache looks the same to the next call whichever graph wrote it.
+    An output that eager copies out of a larger tensor is copied here too.
+    """
+    out = output_node(gm.graph)
+    leaves, spec = torch.utils._pytree.tree_flatten(out.args)
+    inner = _works_channels_last(gm)
+    changed = 0
+    for index, (node, promised) in enumerate(zip(leaves, signature.outputs, strict=True)):
+        if not isinstance(node, Node) or not isinstance(promised, torch.Tensor) or node.op == "placeholder":
+            continue
+        if index in context.free_strides:
+            order = list(range(promised.dim()))
+            if inner and promised.dim() in (4, 5):
+                order = [0, *order[2:], 1]
+            wanted = _dense_strides(promised.shape, order)
+        else:
+            order, wanted = _dimension_order(promised.stride()), promised.stride()
+        source = node
+        while source.target is aten.clone.default:
+            source = source.args[0]
+        copied_out = source is not node and source.target in VIEW_OPS
+        if not copied_out and _same_strides(value(node), wanted):
+            continue
+        # Right after what it copies: at the end of the graph it would keep every activation alive until then.
+        build = Builder(source.next if source.op != "placeholder" else node.next)
+        leaves[index] = build(COMPACT, source, order)
+        changed += 1
+    if changed:
+        out.args = torch.utils._pytree.tree_unflatten(leaves, spec)
+        gm.graph.eliminate_dead_code()
+    return changed
+
+
+def _works_channels_last(gm: GraphModule) -> bool:
+    """Whether convolutions of this graph read channels_last weights (their own strides or re-laid)."""
+    for node in gm.graph.nodes:
+        conv = ConvNode.of(node)
+        weight = node.args[1] if node.target is UNFOLD else conv.weight if conv is not None else None
+        if weight is not None and value(weight).dim() in FORMATS:
+            val = value(weight)
+            if is_channels_last(val) and not val.is_contiguous():
+                return True
+    return False
+
+
+def _dimension_order(strides: Any) -> list[int]:
+    if not all(isinstance(s, int) for s in strides):
+        return list(range(len(strides)))
+    return sorted(range(len(strides)), key=lambda d: strides[d], reverse=True)
+
+
+def _dense_strides(shape: Any, order: list[int]) -> list[Any]:
+    strides, step = [0] * len(order), 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step = step * shape[dim]
+    return strides
+
+
+def _same_strides(tensor: torch.Tensor, strides: Any) -> bool:
+    triples = zip(tensor.shape, tensor.stride(), strides, strict=True)
+    return all(known(size == 1) or known(now == then) for size, now, then in triples)
