@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from pvae.cache_key import KeyPass
 from pvae.capture import Capture, capture_graph, tensor_constants
 from pvae.options import OptionError, Options, parse_options
 from pvae.passes import dump
@@ -21,7 +22,6 @@ from pvae.passes.pipeline import Observer, run_pipeline
 from pvae.passes.prepare_weights import split_weight_work
 from pvae.passes.rule import Context, RewriteCounter
 from pvae.report import GraphReport, Registry
-from pvae.runtime.cache_key import KeyPass
 from pvae.runtime.frozen_weights import FrozenWeights
 from pvae.runtime.torch_compat import compile_fx, current_frame
 

@@ -79,7 +79,9 @@ class Form:
         """As diffusers writes it."""
 
         def pick(first: Tensor, second: Tensor | None) -> Tensor:
-            return first if second is None else torch.where(o.select.unsqueeze(-1) == 0, first, second)
+            if second is None or o.select is None:
+                return first
+            return torch.where(o.select.unsqueeze(-1) == 0, first, second)
 
         h = o.x
         if o.residual is not None:

@@ -110,7 +110,7 @@ def bisect(subject: Subject, options: Options, say: Say) -> Culprit:
     # Without the verifier, which might stop this trial before its graph can be seen.
     seen = subject.trial(replace(prefix(count), rewrite_limit=ordinal, verify="off"))
     texts = [trial.traces[graph].stages[stage : stage + 1] for trial in (before, seen)]
-    diff = tuple(diff_lines(*(t[0].text for t in texts))) if all(texts) else ()
+    diff = tuple(diff_lines(texts[0][0].text, texts[1][0].text)) if all(texts) else ()
     return Culprit("rewrite", after, before, steps[stage - 1].pass_.name, graph, record, diff, prefix(count).passes)
 
 

@@ -104,6 +104,7 @@ def sglang_norms(root: Path, form: str, o: Operands, eps: float) -> dict[str, Ca
         return modulate.fuse_scale_shift_kernel(rows.view(o.x.shape), o.scale, o.shift)
 
     def one_kernel(o: Operands) -> Any:
+        assert o.scale is not None and o.shift is not None
         return files["exact"].fused_layernorm_modulate_raw(o.x, o.scale[:, 0], o.shift[:, 0], eps)
 
     def residual(o: Operands) -> Any:
@@ -113,6 +114,7 @@ def sglang_norms(root: Path, form: str, o: Operands, eps: float) -> dict[str, Ca
 
     def sets(o: Operands) -> tuple[Any, ...]:
         """(scale, shift, gate) of both sets. Its select01 kernels also write a gate for later; the scale stands in."""
+        assert o.scale is not None and o.shift is not None and o.scale1 is not None and o.shift1 is not None
         return o.scale[:, 0], o.shift[:, 0], o.scale[:, 0], o.scale1[:, 0], o.shift1[:, 0], o.scale1[:, 0]
 
     def select(o: Operands) -> Any:
@@ -123,6 +125,7 @@ def sglang_norms(root: Path, form: str, o: Operands, eps: float) -> dict[str, Ca
     def residual_select(o: Operands) -> Any:
         """It takes a chosen residual gate [B, L, C] and not two: made at the first call, so out of the timing."""
         if id(o) not in chosen:
+            assert o.select is not None
             chosen[id(o)] = torch.where(o.select.unsqueeze(-1) == 0, o.gate, o.gate1)
         return modulate.fuse_residual_layernorm_scale_shift_gate_select01_kernel(
             o.x, o.residual, chosen[id(o)], None, None, *sets(o), o.select, eps

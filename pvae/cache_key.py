@@ -12,18 +12,19 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import pvae.kernels
 import pvae.passes
 import pvae.runtime
-import torch
 from pvae.runtime.torch_compat import CustomGraphPass
 
 
 @functools.cache
 def source_hash() -> str:
-    """SHA-256 over the sources of pvae's kernels, passes and runtime, and over torch's version."""
-    digest = hashlib.sha256(torch.__version__.encode())
-    for package in (pvae.kernels, pvae.passes, pvae.runtime):
+    """SHA-256 over pvae's sources (all but the tools) and the versions of torch and cuDNN; Inductor keys the rest."""
+    digest = hashlib.sha256(f"{torch.__version__} {torch.backends.cudnn.version()}".encode())
+    for package in (pvae, pvae.kernels, pvae.passes, pvae.runtime):
         for path in sorted(Path(package.__path__[0]).glob("*.py")):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
