@@ -1,0 +1,25 @@
+"""What every test starts from: one thread, no memory of earlier compiles, hypothesis by profile (`ci` unless told `deep`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import pvae
+import torch
+from hypothesis import HealthCheck, settings
+
+_COMMON = {"deadline": None, "database": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+settings.register_profile("ci", max_examples=25, derandomize=True, **_COMMON)
+settings.register_profile("deep", max_examples=1000, print_blob=True, **_COMMON)
+settings.load_profile("ci")
+
+
+@pytest.fixture(autouse=True)
+def fresh_process() -> Iterator[None]:
+    """pvae's and Dynamo's memory is emptied before each test; the generator has a fixed seed."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    pvae.reset()
+    torch._dynamo.reset()
+    yield

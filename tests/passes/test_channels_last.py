@@ -1,0 +1,85 @@
+"""channels_last: convolution weights are re-laid where that was measured to pay, or where asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pvae
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from pvae.testing import assert_equivalent, assert_rewrites_to, refusals, rewrite, video_models
+from torch import Tensor, nn
+
+aten = torch.ops.aten
+X, W = torch.randn(2, 4, 5, 8, 8), torch.randn(6, 4, 3, 3, 3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"passes": "channels_last", "options": {"channels_last": "on"}},
+        {"passes": "channels_last{layout=on}"},
+        {"passes": "channels_last", "options": {"conv3d": "channels_last"}},
+    ],
+)
+def test_weights_of_two_and_three_dimensions(options: dict[str, Any]) -> None:
+    def before(x: Tensor, w: Tensor, w2: Tensor) -> Tensor:
+        return F.conv3d(x, w, padding=1).sum() + F.conv2d(x[:, :, 0], w2).sum()
+
+    def expected(x: Tensor, w: Tensor, w2: Tensor) -> Any:
+        lay = torch.ops.pvae.channels_last.default
+        a = aten.sum.default(aten.conv3d.default(x, lay(w), None, [1, 1, 1], [1, 1, 1]))
+        frame = aten.select.int(x, 2, 0)
+        return (aten.add.Tensor(a, aten.sum.default(aten.conv2d.default(frame, lay(w2)))),)
+
+    assert_rewrites_to(before, expected, X, W, W[:, :, 0].contiguous(), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "reasons"),
+    [
+        ({}, ["no gain measured on cpu"]),
+        ({"channels_last": "off"}, []),
+        ({"conv3d": "native"}, []),
+        ({"conv3d": "native", "channels_last": "on"}, []),
+    ],
+)
+def test_left_alone(options: dict[str, str], reasons: list[str]) -> None:
+    _, reports = rewrite(F.conv3d, X, W, passes="channels_last", options=options)
+    assert not reports[0].matches and refusals(reports) == reasons
+
+
+def test_already_so_or_of_one_dimension() -> None:
+    laid = W.to(memory_format=torch.channels_last_3d)
+    for args in ((F.conv3d, X, laid), (F.conv1d, X[:, :, 0, 0], W[:, :, 0, 0])):
+        _, reports = rewrite(*args, passes="channels_last{layout=on}")
+        assert not reports[0].matches and not refusals(reports)
+
+
+def test_a_graph_that_reads_strides_is_refused() -> None:
+    def before(x: Tensor, w: Tensor) -> Tensor:
+        return torch.as_strided(F.conv3d(x, w), (2, 3), (3, 1))
+
+    _, reports = rewrite(before, X, W, passes="channels_last{layout=on}")
+    assert refusals(reports) == ["the graph reads strides (as_strided)"]
+
+
+def test_the_caller_gets_eagers_layout() -> None:
+    conv = nn.Conv3d(4, 6, 3, padding=1)
+    with torch.no_grad():
+        expected = conv(X)
+        got = pvae.compile(conv, engine="eager", channels_last="on")(X)
+        assert got.stride() == expected.stride()
+        laid = X.to(memory_format=torch.channels_last_3d)
+        expected = nn.Conv3d.forward(conv, laid)
+        assert not expected.is_contiguous() and conv(laid).stride() == expected.stride()
+    assert [g.matches("channels_last") for g in pvae.report(conv).graphs] == [1, 1]
+
+
+@given(video_models())
+def test_property_models(drawn: tuple[nn.Module, Tensor]) -> None:
+    model, x = drawn
+    dtypes = (torch.float64, torch.float32, torch.float16)
+    assert_equivalent(model, (x,), dtypes=dtypes, options={"channels_last": "on", "conv3d": "channels_last"})
