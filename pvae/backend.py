@@ -107,11 +107,18 @@ def pvae_backend(
     if reason is not None or capture is None:
         complain(parsed, name, f"handed on untouched: {reason}")
         REGISTRY.add(GraphReport(name, "torch.compile", "", notes=[f"untouched: {reason}"]), _weights(inputs), code)
-        return _engine(gm, inputs, parsed, None)
+        # Not traced anew, so there are no strides to keep: Dynamo's graph is what eager runs.
+        return torch.fx.Interpreter(gm).run if parsed.engine == "eager" else _engine(gm, inputs, parsed, None)
     report = GraphReport(name, "torch.compile", str(parsed.pipeline), notes=[])
     REGISTRY.add(report, _weights(inputs), code)
     counter = _process_counter(parsed.rewrite_limit)
-    return compile_capture(capture, inputs, parsed, report, counter, inside_dynamo=True)
+    try:
+        return compile_capture(capture, inputs, parsed, report, counter, inside_dynamo=True)
+    except Exception as error:
+        notes = getattr(error, "__notes__", [])
+        if notes:  # Dynamo reports an error's message and drops its notes
+            raise PvaeError(f"{type(error).__name__}: {error}; {'; '.join(notes)}") from error
+        raise
 
 
 def _weights(inputs: Sequence[Any]) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
+from pvae.runtime.torch_compat import new_fake_mode
 from pvae.testing import assert_equivalent, assert_rewrites_to, refusals, rewrite, video_models
 from torch import Tensor, nn
 
@@ -43,12 +44,19 @@ def test_weights_of_two_and_three_dimensions(options: dict[str, Any]) -> None:
         ({}, ["no gain measured on cpu"]),
         ({"channels_last": "off"}, []),
         ({"conv3d": "native"}, []),
-        ({"conv3d": "native", "channels_last": "on"}, []),
     ],
 )
 def test_left_alone(options: dict[str, str], reasons: list[str]) -> None:
     _, reports = rewrite(F.conv3d, X, W, passes="channels_last", options=options)
     assert not reports[0].matches and refusals(reports) == reasons
+
+
+def test_auto_on_cuda_is_for_half_precision() -> None:
+    for dtype, reasons in ((torch.bfloat16, []), (torch.float16, []), (torch.float32, ["no gain measured for torch.float32"])):
+        with new_fake_mode():
+            x, w = (torch.empty(t.shape, device="cuda", dtype=dtype) for t in (X, W))
+        _, reports = rewrite(F.conv3d, x, w, passes="channels_last")
+        assert refusals(reports) == reasons and len(reports[0].matches) == 1 - len(reasons)
 
 
 def test_already_so_or_of_one_dimension() -> None:
@@ -68,14 +76,27 @@ def test_a_graph_that_reads_strides_is_refused() -> None:
 
 def test_the_caller_gets_eagers_layout() -> None:
     conv = nn.Conv3d(4, 6, 3, padding=1)
+    compiled = torch.compile(conv, backend="pvae", options={"engine": "eager", "channels_last": "on"}, dynamic=False)
     with torch.no_grad():
-        expected = conv(X)
-        got = pvae.compile(conv, engine="eager", channels_last="on")(X)
-        assert got.stride() == expected.stride()
-        laid = X.to(memory_format=torch.channels_last_3d)
-        expected = nn.Conv3d.forward(conv, laid)
-        assert not expected.is_contiguous() and conv(laid).stride() == expected.stride()
+        for x in (X, X.to(memory_format=torch.channels_last_3d)):
+            expected, got = conv(x), compiled(x)
+            assert got.stride() == expected.stride() and conv.weight.is_contiguous()
+            torch.testing.assert_close(got, expected)
     assert [g.matches("channels_last") for g in pvae.report(conv).graphs] == [1, 1]
+
+
+def test_in_place_compile_lays_out_the_weights_themselves() -> None:
+    model = nn.Sequential(nn.Conv3d(4, 6, 3), nn.Conv3d(6, 4, 1), nn.GroupNorm(2, 4))
+    weights = [p for p in model.parameters() if p.dim() == 5]
+    values = [w.detach().clone() for w in weights]
+    with torch.no_grad():
+        expected = model(X)
+        pvae.compile(model, engine="eager", channels_last="on")
+        torch.testing.assert_close(model(X), expected)
+    for weight, before in zip(weights, values, strict=True):
+        assert weight.is_contiguous(memory_format=torch.channels_last_3d) and torch.equal(weight, before)
+    assert model[0].weight is weights[0] and not weights[0].is_contiguous()
+    assert pvae.report(model).matches("channels_last") == 0
 
 
 @given(video_models())
