@@ -1,0 +1,101 @@
+"""Options: from code and environment, checked, and every mistake answered with what is valid."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pvae
+import pytest
+import torch
+from pvae.options import CHOICES, NAMES, Options, parse_options
+from torch import nn
+
+
+def test_defaults_need_no_environment() -> None:
+    assert parse_options(None, {}) == Options()
+    assert str(Options().pipeline).startswith("canonicalize,drop_zero_taps,")
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_every_choice_is_taken_and_others_name_them(name: str) -> None:
+    for choice in CHOICES[name]:
+        assert getattr(parse_options({name: choice}, {}), name) == choice
+        assert getattr(parse_options({}, {f"PVAE_{name.upper()}": choice}), name) == choice
+    for wrong in ("nonsense", 3, ""):
+        with pytest.raises(pvae.OptionError, match=f"valid values of {name}: {', '.join(CHOICES[name])}"):
+            parse_options({name: wrong}, {})
+
+
+def test_booleans_and_none_mean_what_they_say() -> None:
+    found = parse_options({"verify": False, "strict": True, "channels_last": True, "conv_dtype": None, "passes": None}, {})
+    assert (found.verify, found.strict, found.channels_last, found.conv_dtype) == ("off", "on", "on", "none")
+    assert found.passes == "default"
+    with pytest.raises(pvae.OptionError, match="engine='on' is not possible"):
+        parse_options({"engine": True}, {})
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "says"),
+    [
+        ({"conv_3d": "auto"}, {}, r"no option 'conv_3d'; did you mean 'conv3d'\? It has: conv3d, conv_dtype, .*, strict"),
+        ({"zzz": 1}, {}, r"no option 'zzz'\. It has: conv3d"),
+        ({}, {"PVAE_ENGIN": "eager"}, r"no environment variable 'PVAE_ENGIN'; did you mean 'PVAE_ENGINE'\?.*PVAE_STRICT"),
+        ({"disable": "foldpad"}, {}, "no pass 'foldpad'; did you mean 'fold_pad'"),
+        ({"passes": "foldpad"}, {}, "no pass 'foldpad'; did you mean 'fold_pad'"),
+        ({"expect": {"foldpad": 1}}, {}, "no pass 'foldpad'; did you mean 'fold_pad'"),
+        ({"expect": 3}, {}, "expect takes a dict such as"),
+        ({"rewrite_limit": "few"}, {}, "rewrite_limit='few' is not a whole number"),
+        ({"rewrite_limit": -1}, {}, "rewrite_limit=-1 is negative"),
+        ({"shard": "halo"}, {}, "valid values of shard: none"),
+    ],
+)
+def test_mistakes(given: dict[str, Any], environment: dict[str, str], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        parse_options(given, environment)
+
+
+@pytest.mark.parametrize("entry", ["pvae.compile", "torch.compile"])
+@pytest.mark.parametrize(
+    ("options", "variables", "says"),
+    [
+        ({"conv4d": "auto"}, {}, "did you mean 'conv3d'"),
+        ({"engine": "tvm"}, {}, "valid values of engine: inductor, eager"),
+        ({"disable": "canon"}, {}, "The passes are: canonicalize"),
+        ({}, {"PVAE_STRICTER": "on"}, "did you mean 'PVAE_STRICT'"),
+        ({}, {"PVAE_CONV3D": "3d"}, "valid values of conv3d"),
+    ],
+)
+def test_both_entrances_say_so(
+    monkeypatch: pytest.MonkeyPatch, entry: str, options: dict[str, str], variables: dict[str, str], says: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(Exception, match=says), torch.no_grad():
+        if entry == "pvae.compile":
+            pvae.compile(nn.ReLU(), **options)
+        else:
+            torch.compile(nn.ReLU(), backend="pvae", options=options)(torch.ones(2))
+
+
+def test_the_environment_wins_and_disable_is_the_union() -> None:
+    given = {"conv3d": "native", "disable": ["fold_pad"], "rewrite_limit": 5}
+    environment = {"PVAE_CONV3D": "unfold2d", "PVAE_DISABLE": "canonicalize,fold_pad", "PVAE_REWRITE_LIMIT": "0", "OTHER": "1"}
+    found = parse_options(given, environment)
+    assert (found.conv3d, found.disable, found.rewrite_limit) == ("unfold2d", ("fold_pad", "canonicalize"), 0)
+    assert str(found.pipeline) == "drop_zero_taps,conv_dtype,conv3d_unfold,channels_last"
+    assert parse_options({}, {"PVAE_REWRITE_LIMIT": ""}).rewrite_limit is None
+
+
+def test_expect_and_passes_in_the_environment() -> None:
+    found = parse_options({}, {"PVAE_EXPECT": "conv3d_unfold=2,fold_pad", "PVAE_PASSES": "conv3d_unfold{form=native}"})
+    assert found.expect == {"conv3d_unfold": 2, "fold_pad": 1}
+    assert str(found.pipeline) == "conv3d_unfold{form=native}"
+    assert str(parse_options({"passes": ""}, {}).pipeline) == ""
+
+
+def test_key_tells_options_apart() -> None:
+    keys = [parse_options({name: choice}, {}).key() for name, choices in CHOICES.items() for choice in choices[1:]]
+    keys += [parse_options(given, {}).key() for given in ({}, {"disable": "fold_pad"}, {"rewrite_limit": 0}, {"passes": ""})]
+    assert len(set(keys)) == len(keys)
+    assert parse_options({"conv3d": "auto"}, {}).key() == Options().key()
+    assert set(NAMES) == set(Options.__dataclass_fields__)
