@@ -190,7 +190,7 @@ def test_list_and_dict_arguments_are_written() -> None:
         assert boxes[0][1].keys() == boxes[1][1].keys() and boxes[0][1]["count"] == boxes[1][1]["count"]
     assert boxes[0][0][1] is inner[0], "the caller's own inner list"
     leaves = torch.utils._pytree.tree_leaves(boxes[0])
-    assert all(type(t) in (Tensor, int, str) for t in leaves)
+    assert all(type(t) in (Tensor, int, str, type(None)) for t in leaves)
     assert type(boxes[0][0][-1]) is Pair
 
 
