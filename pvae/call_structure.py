@@ -76,6 +76,13 @@ def same_layout(key: Any) -> Any:
     return key
 
 
+def _like(value: Any, items: list[Any]) -> Any:
+    """`items` in a list or tuple as `value` is; a named tuple keeps its type."""
+    if isinstance(value, list):
+        return items
+    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+
+
 class Rebuilder:
     """Makes `value` again with other tensors in place of its own, in the order of `describe`."""
 
@@ -92,8 +99,7 @@ class Rebuilder:
             new.extend(map(self, value))
             return new
         if isinstance(value, tuple):
-            items = [self(v) for v in value]
-            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+            return _like(value, [self(v) for v in value])
         if type(value) is dict:
             table: dict[Any, Any] = {}
             self.boxes.append(table)
@@ -155,8 +161,8 @@ class Templates:
     def __call__(self, value: Any) -> Any:
         if id(value) in self.boxes:
             return BoxRef(self.boxes[id(value)])
-        if type(value) in (list, tuple):
-            return type(value)(map(self, value))
+        if type(value) in (list, tuple) or hasattr(value, "_fields"):
+            return _like(value, [self(v) for v in value])
         if type(value) is dict:
             return {k: self(v) for k, v in value.items()}
         return self.leaf(value)
@@ -175,8 +181,8 @@ def fill(template: Any, outputs: Sequence[Any], inputs: Sequence[Any], boxes: Se
         return inputs[template.index]
     if kind is BoxRef:
         return boxes[template.index]
-    if kind in (list, tuple):
-        return kind([fill(t, outputs, inputs, boxes) for t in template])
+    if kind in (list, tuple) or hasattr(template, "_fields"):
+        return _like(template, [fill(t, outputs, inputs, boxes) for t in template])
     if kind is dict:
         return {k: fill(t, outputs, inputs, boxes) for k, t in template.items()}
     return template

@@ -39,7 +39,7 @@ def load_vae(folder: Path, dtype: torch.dtype, device: torch.device | str) -> Au
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"{name} is missing from {folder}; make it with: "
-                "python -m pvae.tools.train_demo_vae --minutes 8 --device cuda --out tools/demo"
+                "python -m pvae.tools.train_demo_vae --minutes 8.2 --device cuda --out tools/demo"
             )
     config = json.loads((folder / FIGURES).read_text())["config"]
     vae = AutoencoderKLWan(**config)
