@@ -3,9 +3,8 @@
 - nothing happens: `to` and `type_as` to the same dtype, `expand` to the same size, `dropout` in eval, `slice` of the
   whole, `pad` by nothing, `copy` of a tensor of the same dtype and size, export's metadata assertions
 - memory only: `clone`, `contiguous` and `alias` (kept where the graph returns the copy)
-- one spelling for several: `view` becomes `reshape` (a view is a promise about strides, which layout passes change);
-  `type_as` becomes `to`; `chunk`, `split` and `unbind` with `getitem` become `slice` and `select`; a convolution without
-  a batch dimension gets one
+- one spelling for several: `type_as` becomes `to`; `chunk`, `split` and `unbind` with `getitem` become `slice` and
+  `select`; a convolution without a batch dimension gets one
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ DROPOUTS = frozenset({aten.dropout.default, aten.feature_dropout.default, aten.a
 CASTS = frozenset(
     {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default, aten._to_copy.default}
 )
-VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
 SPLITS = frozenset({aten.chunk.default, aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default})
 
 
@@ -145,14 +143,6 @@ class BatchConv:
         build.replace(build(aten.select.int, out, 0, 0))
 
 
-def _views_to_reshapes(graph: Graph, context: Context, report: Report) -> None:
-    """`view` -> `reshape` everywhere, before any rule: removing one `contiguous` may break the promise of a later view."""
-    for node in graph.nodes:
-        if node.target in VIEWS:
-            node.target = aten.reshape.default
-            report.counters["views_to_reshapes"] += 1
-
-
 def _drop_assertions(graph: Graph, context: Context, report: Report) -> None:
     """Export-mode tracing asserts dtype and device after each cast; the meta says the same and the verifier checks it."""
     for node in list(graph.nodes):
@@ -170,7 +160,6 @@ CANONICALIZE = Pass(
     name="canonicalize",
     summary="remove no-ops and give each operation one spelling",
     rules=_rules,
-    before=_views_to_reshapes,
     after=_drop_assertions,
     exact="bitwise",
 )

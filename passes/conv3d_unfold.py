@@ -11,6 +11,7 @@ figures are beside it. Sources: SGLang-Diffusion #34424 (ROCm), whose limits on 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ class PatchesToLinear:
 
     def rewrite(self, graph: Graph, match: Match) -> None:
         conv, build = match.facts, Builder(match.node)
-        x, sizes = conv.x, [build.size(conv.node, 2 + i) for i in range(3)]
+        x, sizes = conv.x, [self._patches_along(build, conv, i) for i in range(3)]
         n, c = build.size(x, 0), conv.in_channels
         if conv.kernel == (1, 1, 1):
             patches = build(aten.permute.default, x, [0, 2, 3, 4, 1])
@@ -109,6 +110,16 @@ class PatchesToLinear:
         weight = build(aten.reshape.default, conv.weight, [conv.out_channels, -1])
         y = build(aten.linear.default, patches, weight, conv.bias)
         build.replace(build(aten.permute.default, y, [0, 4, 1, 2, 3]))
+
+    @staticmethod
+    def _patches_along(build: Builder, conv: ConvNode, dim: int) -> Any:
+        """How many patches there are along a dimension, in the very terms of convolution's shape formula."""
+        size, patch = build.size(conv.x, 2 + dim), conv.kernel[dim]
+        if patch == 1:
+            return size
+        if isinstance(size, int):
+            return conv.out_size(dim, size)
+        return build(operator.add, build(operator.floordiv, build(operator.sub, size, patch), patch), 1)
 
 
 class FramesToConv2d:

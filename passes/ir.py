@@ -10,13 +10,14 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from pvae.runtime.torch_compat import FakeTensor, FakeTensorMode, statically_known_true
+from pvae.runtime.torch_compat import FakeTensor, FakeTensorMode, enable_python_dispatcher, statically_known_true
 
 aten = torch.ops.aten
 _FRAME = re.compile(r'^ *File "(.*)", line (\d+).*\n *(.*)$', re.MULTILINE)
@@ -119,13 +120,15 @@ def reaches_output(node: Node) -> bool:
 def derive(node: Node) -> Any:
     """Run `node` on its arguments' fake values: what its meta must be."""
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value)
-    fakes = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), FakeTensor)]
-    mode = fakes[0].meta["val"].fake_mode if fakes else fake_mode_of(node.graph)
+    fakes = [a.meta["val"] for a in node.all_input_nodes if isinstance(a.meta.get("val"), FakeTensor)]
+    mode = fakes[0].fake_mode if fakes else fake_mode_of(node.graph)
     assert callable(node.target)
     with torch.no_grad():
         if mode is None:
             return node.target(*args, **kwargs)
-        with mode:
+        # The C++ fakes of some ops (`pad` is one) fix symbolic sizes to today's; the Python ones do not.
+        symbolic = any(f._has_symbolic_sizes_strides for f in fakes)
+        with mode, enable_python_dispatcher() if symbolic else nullcontext():
             return node.target(*args, **kwargs)
 
 

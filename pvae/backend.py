@@ -17,7 +17,7 @@ from pvae.cache_key import KeyPass
 from pvae.capture import Capture, capture_graph, tensor_constants
 from pvae.options import OptionError, Options, parse_options
 from pvae.passes import dump
-from pvae.passes.ir import output_node, placeholders
+from pvae.passes.ir import ConvNode, output_node, placeholders
 from pvae.passes.pipeline import Observer, run_pipeline
 from pvae.passes.prepare_weights import split_weight_work
 from pvae.passes.rule import Context, RewriteCounter
@@ -178,8 +178,18 @@ def _engine(gm: GraphModule, inputs: Sequence[Any], options: Options, fake_mode:
     if options.engine == "eager":
         return _interpreter(gm)
     current = torch._inductor.config.post_grad_custom_post_pass
-    patches = {"post_grad_custom_post_pass": KeyPass(options.key(), current)}
+    patches: dict[str, Any] = {"post_grad_custom_post_pass": KeyPass(options.key(), current)}
+    if any(map(_convolves_fp32_on_cpu, gm.graph.nodes)):
+        # Inductor would make these channels_last, which oneDNN sums three times less exactly (conv3d_unfold.py).
+        patches["layout_optimization"] = False
     return compile_fx(gm, inputs, patches, fake_mode)
+
+
+def _convolves_fp32_on_cpu(node: Node) -> bool:
+    val = node.meta.get("val")
+    if not isinstance(val, torch.Tensor) or val.device.type != "cpu" or val.dtype is not torch.float32:
+        return False
+    return ConvNode.of(node) is not None
 
 
 def _interpreter(gm: GraphModule) -> Callable[..., Any]:

@@ -16,7 +16,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from pvae.passes.ir import aten, output_node, placeholders
-from pvae.runtime.torch_compat import FakeTensor, FakeTensorMode, functional_graph
+from pvae.runtime.torch_compat import FakeTensor, FakeTensorMode, functional_graph, static_fake
+
+VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
 
 
 @dataclass(frozen=True)
@@ -30,17 +32,27 @@ class Capture:
     seconds: float
 
 
-def _finish(gm: GraphModule, mutated: list[int]) -> None:
-    """Turn the trailing new values of written inputs into `copy_` nodes, and make the output one flat tuple."""
+def _finish(gm: GraphModule, mutated: list[int], mode: FakeTensorMode | None) -> None:
+    """Turn the trailing new values of written inputs into `copy_` nodes, and make the output one flat tuple.
+
+    `view` becomes `reshape`: a view is a promise about strides, which passes change. Constants get a fake of `mode`.
+    """
     graph = gm.graph
+    for node in graph.nodes:
+        if node.target in VIEWS:
+            node.target = aten.reshape.default
+        elif node.op == "get_attr" and mode is not None:
+            node.meta["val"] = static_fake(mode, getattr(gm, node.target))
     out = output_node(graph)
     leaves = list(torch.utils._pytree.tree_leaves(out.args, is_leaf=lambda x: x is None))
     inputs = placeholders(graph)
+    written: dict[Any, Node] = {}
     for index in reversed(mutated):
+        written[leaves[-1]] = inputs[index]
         with graph.inserting_before(out):
             node = graph.call_function(aten.copy_.default, (inputs[index], leaves.pop()))
         node.meta["val"] = inputs[index].meta["val"]
-    out.args = (tuple(leaves),)
+    out.args = (tuple(written.get(leaf, leaf) for leaf in leaves),)  # a written input is returned as itself
     gm.recompile()
 
 
@@ -57,7 +69,7 @@ def capture_graph(gm: GraphModule, inputs: Sequence[Any]) -> Capture:
         return list(torch.utils._pytree.tree_leaves(result, is_leaf=lambda x: x is None))
 
     traced, mutated = _trace(run, examples, mode, stack_traces=False)
-    _finish(traced, mutated)
+    _finish(traced, mutated, mode)
     names = [n.name for n in placeholders(traced.graph)]
     weights = frozenset(n for n, i in zip(names, inputs, strict=True) if isinstance(i, torch.nn.Parameter))
     return Capture(traced, mode, weights, tuple(mutated), time.perf_counter() - start)
@@ -72,7 +84,7 @@ def capture_run(
     nodes = placeholders(traced.graph)[len(inputs) - len(weights) :]
     for node, name in zip(nodes, weights, strict=True):
         node._rename(re.sub(r"\W", "_", name))  # a dump then says which weight it is
-    _finish(traced, mutated)
+    _finish(traced, mutated, mode)
     return Capture(traced, mode, frozenset(n.name for n in nodes), tuple(mutated), time.perf_counter() - start)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.fx.traceback as fx_traceback
+from torch._dispatch.python import enable_python_dispatcher
 from torch._functorch._aot_autograd.functional_utils import from_fun, has_data_mutation, to_fun
 from torch._guards import CompileContext, TracingContext, tracing
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -32,6 +33,7 @@ __all__ = [
     "conv_backend",
     "cpp_compiler",
     "current_frame",
+    "enable_python_dispatcher",
     "functional_graph",
     "inductor_cache_dir",
     "is_compiling",

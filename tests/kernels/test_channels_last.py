@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pvae.kernels.channels_last import FORMATS, is_channels_last
-from pvae.testing import tensors
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pvae.kernels.channels_last import FORMATS, is_channels_last
+from pvae.testing import tensors
 
 shapes = st.lists(st.integers(0, 4), min_size=4, max_size=5).map(tuple)
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import pvae
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from pvae.kernels import conv3d_unfold as kernel
-from pvae.testing import relative_error
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import pvae
+from pvae.kernels import conv3d_unfold as kernel
+from pvae.testing import relative_error
 
 op = torch.ops.pvae.conv3d_unfold.default
 LAYOUTS = ("contiguous", "channels_last", "frames_first", "sliced")
@@ -44,9 +45,7 @@ class Geometry:
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, channels_last: bool) -> Tensor:
         flat = kernel.unfold_weight(weight, self.groups)
-        return op(
-            x, flat, bias, self.weight[2], self.stride, self.padding, self.dilation, self.groups, channels_last
-        )
+        return op(x, flat, bias, self.weight[2], self.stride, self.padding, self.dilation, self.groups, channels_last)
 
     def reference(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return kernel.reference(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
@@ -92,7 +91,9 @@ def test_equals_conv3d(geometry: Geometry, channels_last: bool, budget: int | No
     assert (fake.shape, fake.stride(), fake.dtype) == (y.shape, y.stride(), y.dtype)
 
 
-@given(geometries(stride_or_dilation=True), st.booleans(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+@given(
+    geometries(stride_or_dilation=True), st.booleans(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+)
 def test_other_dtypes(geometry: Geometry, channels_last: bool, dtype: torch.dtype) -> None:
     args = geometry.make(dtype)
     y, exact = geometry.run(*args, channels_last), geometry.reference(*[a if a is None else a.double() for a in args])

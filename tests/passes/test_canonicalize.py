@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pvae
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from pvae.testing import assert_equivalent, assert_rewrites_to, refusals, rewrite, structure, tensors, video_models
 from torch import Tensor, nn
+
+import pvae
+from pvae.testing import assert_equivalent, assert_rewrites_to, refusals, rewrite, structure, tensors, video_models
 
 aten = torch.ops.aten
 X = torch.randn(2, 4, 6, 6)
@@ -111,12 +112,13 @@ def test_type_as_is_spelled_to() -> None:
     assert_rewrites_to(lambda x, y: x.type_as(y).relu(), expected, X, X.double(), passes="canonicalize")
 
 
-def test_view_is_spelled_reshape_even_with_no_rewrite_left() -> None:
+def test_views_are_captured_as_reshapes() -> None:
+    """A pass may change strides, with canonicalize or without."""
+
     def expected(x: Tensor) -> Any:
         return (aten.relu.default(aten.reshape.default(x, [2, 144])),)
 
-    before = lambda x: x.view(2, 144).relu()  # noqa: E731
-    assert_rewrites_to(before, expected, X, passes="canonicalize", options={"rewrite_limit": 0})
+    assert_rewrites_to(lambda x: x.view(2, 144).relu(), expected, X, passes="")
 
 
 @pytest.mark.parametrize("spell", ["chunk", "split", "sizes", "tensor_split"])
@@ -179,7 +181,9 @@ def test_convolution_gets_a_batch() -> None:
 
 
 @given(
-    tensors(st.tuples(*[st.integers(1, 5)] * 4)), st.lists(st.sampled_from(sorted(NO_OPS)), max_size=4), st.integers(-4, 3)
+    tensors(st.tuples(*[st.integers(1, 5)] * 4)),
+    st.lists(st.sampled_from(sorted(NO_OPS)), max_size=4),
+    st.integers(-4, 3),
 )
 def test_property_chains_are_bitwise(x: Tensor, names: list[str], dim: int) -> None:
     """Chains of spellings, on any layout and dtype, keep every bit, the dtype and the order of dimensions in memory."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import pvae
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
+from torch import Tensor, nn
+
+import pvae
 from pvae.runtime.torch_compat import new_fake_mode
 from pvae.testing import assert_equivalent, assert_rewrites_to, refusals, rewrite, video_models
-from torch import Tensor, nn
 
 aten = torch.ops.aten
 X, W = torch.randn(2, 4, 5, 8, 8), torch.randn(6, 4, 3, 3, 3)
@@ -52,7 +53,11 @@ def test_left_alone(options: dict[str, str], reasons: list[str]) -> None:
 
 
 def test_auto_on_cuda_is_for_half_precision() -> None:
-    for dtype, reasons in ((torch.bfloat16, []), (torch.float16, []), (torch.float32, ["no gain measured for torch.float32"])):
+    for dtype, reasons in (
+        (torch.bfloat16, []),
+        (torch.float16, []),
+        (torch.float32, ["no gain measured for torch.float32"]),
+    ):
         with new_fake_mode():
             x, w = (torch.empty(t.shape, device="cuda", dtype=dtype) for t in (X, W))
         _, reports = rewrite(F.conv3d, x, w, passes="channels_last")

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import pvae
 from pvae.passes.conv3d_unfold import CONV3D_UNFOLD
 from pvae.runtime.torch_compat import new_fake_mode
 from pvae.testing import assert_equivalent, assert_rewrites_to, refusals, rewrite, video_models
-from torch import Tensor, nn
 
 aten = torch.ops.aten
 unfold = torch.ops.pvae.conv3d_unfold.default
@@ -60,12 +62,37 @@ def test_linear_only_for_plain_patches(groups: int, padding: Any, dilation: int,
     _, reports = rewrite(
         lambda x, w: F.conv3d(x, w, None, 2, padding, dilation, groups), X, weight, passes="conv3d_unfold"
     )
-    assert [m.rule for m in reports[0].matches] == (["linear"] if linear else reports[0].counters["unfold2d"] * ["unfold2d"])
+    assert [m.rule for m in reports[0].matches] == (
+        ["linear"] if linear else reports[0].counters["unfold2d"] * ["unfold2d"]
+    )
 
 
 def test_dilation_means_nothing_in_a_kernel_of_one() -> None:
     _, reports = rewrite(lambda x, w: F.conv3d(x, w, dilation=3), X, W[:, :, :1, :1, :1], passes="conv3d_unfold")
     assert reports[0].matches[0].rule == "linear"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "rule"),
+    [
+        ((1, 1, 1), (1, 1, 1), "linear"),
+        ((2, 4, 2), (2, 4, 2), "linear"),
+        ((1, 3, 3), (2, 2, 1), "frames"),
+        ((3, 3, 3), (2, 1, 2), "unfold2d"),
+    ],
+)
+def test_every_form_with_symbolic_sizes(kernel: Any, stride: Any, rule: str) -> None:
+    """One graph for every size of batch, time, height and width."""
+    model = nn.Sequential(nn.Conv3d(4, 6, kernel, stride), nn.SiLU())
+    options = {"engine": "eager", "conv3d": "unfold2d"}
+    compiled = torch.compile(model, backend="pvae", dynamic=True, options=options)
+    with torch.no_grad():
+        for size in ((2, 4, 5, 9, 8), (3, 4, 8, 12, 13), (2, 4, 4, 8, 16)):
+            x = torch.randn(size)
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    (graph,) = pvae.report(model).graphs
+    (report,) = [p for p in graph.passes if p.name == "conv3d_unfold"]
+    assert [m.rule for m in report.matches] == [rule]
 
 
 # --- frames ----------------------------------------------------------------------------------------------------------
@@ -139,7 +166,10 @@ def test_unfold_leaves_other_pads_in_front(pad: Any) -> None:
 
 @pytest.mark.parametrize("form", ["native", "channels_last"])
 def test_other_forms_leave_everything(form: str) -> None:
-    for options in ({"passes": f"conv3d_unfold{{form={form}}}"}, {"passes": "conv3d_unfold", "options": {"conv3d": form}}):
+    for options in (
+        {"passes": f"conv3d_unfold{{form={form}}}"},
+        {"passes": "conv3d_unfold", "options": {"conv3d": form}},
+    ):
         _, reports = rewrite(F.conv3d, X, W[:, :, :1, :1, :1], **options)
         assert not reports[0].matches and not reports[0].refusals
 
@@ -178,7 +208,7 @@ def on_gpu(channels: int, out: int, dtype: torch.dtype, **options: str) -> tuple
 
 def test_auto_on_cuda_is_channels_last_with_the_bias_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
-    gm, reports = on_gpu(96, 96, torch.bfloat16)
+    gm, _reports = on_gpu(96, 96, torch.bfloat16)
     (node,) = [n for n in gm.graph.nodes if n.target is unfold]
     assert node.args[2] is None and node.args[-1] is True
     assert node.args[1].target is torch.ops.pvae.channels_last.default

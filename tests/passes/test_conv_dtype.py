@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import pvae
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
-from pvae.testing import assert_rewrites_to, refusals, relative_error, rewrite, video_models
 from torch import Tensor, nn
+
+import pvae
+from pvae.testing import assert_rewrites_to, refusals, relative_error, rewrite, video_models
 
 aten = torch.ops.aten
 BF16 = {"conv_dtype": "bf16"}

@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import pvae
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import pvae
 from pvae.passes.drop_zero_taps import Taps, live_taps
 from pvae.testing import assert_equivalent, assert_rewrites_to, refusals, rewrite, video_models
-from torch import Tensor, nn
 
 aten = torch.ops.aten
 X, W, B = torch.randn(1, 4, 5, 8, 8), torch.randn(6, 4, 3, 3, 3), torch.randn(6)
@@ -84,7 +85,9 @@ def test_other_pads_drop_nothing(before: Any) -> None:
 
 
 def test_window_of_nothing_but_padding_is_refused() -> None:
-    _, reports = rewrite(lambda x, w: F.conv1d(x, w, padding=3, stride=4), torch.randn(1, 4, 1), W[:, :, 0, 0], passes="drop_zero_taps")
+    _, reports = rewrite(
+        lambda x, w: F.conv1d(x, w, padding=3, stride=4), torch.randn(1, 4, 1), W[:, :, 0, 0], passes="drop_zero_taps"
+    )
     assert refusals(reports) == ["no tap reads any input"]
 
 

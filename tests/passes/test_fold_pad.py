@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
-from pvae.testing import assert_equivalent, assert_rewrites_to, refusals, rewrite, video_models
 from torch import Tensor, nn
+
+from pvae.testing import assert_equivalent, assert_rewrites_to, refusals, rewrite, video_models
 
 aten = torch.ops.aten
 X, W, B = torch.randn(1, 4, 5, 8, 8), torch.randn(6, 4, 3, 3, 3), torch.randn(6)
@@ -60,7 +61,10 @@ def test_constant_pad_nd_and_one_dimension() -> None:
 @pytest.mark.parametrize(
     ("before", "reason"),
     [
-        (lambda x, w: F.conv3d(F.pad(x, (1,) * 6, mode="replicate"), w), "pads replicate, the convolution pads with zeros"),
+        (
+            lambda x, w: F.conv3d(F.pad(x, (1,) * 6, mode="replicate"), w),
+            "pads replicate, the convolution pads with zeros",
+        ),
         (lambda x, w: F.conv3d(F.pad(x, (1,) * 6, mode="reflect"), w), "pads reflect"),
         (lambda x, w: F.conv3d(F.pad(x, (1,) * 6, mode="circular"), w), "pads circular"),
         (lambda x, w: F.conv3d(F.pad(x, (1,) * 6, value=0.5), w), "pads by 0.5, the convolution pads with zeros"),

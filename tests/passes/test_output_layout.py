@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from pvae.options import parse_options
 from pvae.passes.pipeline import Pipeline, run_pipeline
 from pvae.passes.rule import Context
 from pvae.testing import capture
-from torch import Tensor
 
 X, W = torch.randn(2, 4, 5, 8, 8), torch.randn(4, 4, 3, 3, 3)
 COMPACT = torch.ops.pvae.compact.default

@@ -20,9 +20,9 @@ from pvae.testing import rewrite
 
 steps = st.lists(
     st.sampled_from(PASSES).flatmap(
-        lambda p: st.fixed_dictionaries({}, optional={k: st.sampled_from(v.split("|")) for k, v in p.options.items()}).map(
-            lambda settings: Step(p, settings)
-        )
+        lambda p: st.fixed_dictionaries(
+            {}, optional={k: st.sampled_from(v.split("|")) for k, v in p.options.items()}
+        ).map(lambda settings: Step(p, settings))
     ),
     max_size=8,
 )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from pvae.passes.ir import placeholders
 from pvae.passes.prepare_weights import split_weight_work
 from pvae.testing import rewrite
-from torch import Tensor
 
 X, W, B = torch.randn(1, 4, 5, 8, 8), torch.randn(6, 4, 3, 3, 3), torch.randn(6)
 
@@ -19,7 +20,9 @@ def split(function: object, *args: Tensor, passes: str = "", weights: tuple[int,
 
 
 def test_relaid_weights_are_prepared_once() -> None:
-    gm, found = split(lambda x, w, b: F.conv3d(x, w, b, padding=1), X, W, B, passes="conv3d_unfold{form=unfold2d}", weights=(1, 2))
+    gm, found = split(
+        lambda x, w, b: F.conv3d(x, w, b, padding=1), X, W, B, passes="conv3d_unfold{form=unfold2d}", weights=(1, 2)
+    )
     assert found is not None
     prepare, indexes = found
     assert indexes == [1], "the bias costs nothing to prepare"

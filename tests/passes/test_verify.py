@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pvae
 import pytest
 import torch
-from pvae.passes.ir import Builder, aten, output_node, placeholders
+from torch import Tensor
+
+import pvae
+from pvae.passes.ir import Builder, aten, output_node
 from pvae.passes.pipeline import Pipeline, Step, run_pipeline
 from pvae.passes.rule import Context, Match, Pass
 from pvae.passes.verify import VerifyError, describe
 from pvae.testing import capture
-from torch import Tensor
 
 X = torch.randn(2, 4)
 

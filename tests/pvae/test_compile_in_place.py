@@ -10,12 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import pvae
 import pytest
 import torch
 import torch.nn.functional as F
-from pvae import module as pvae_module
 from torch import Tensor, nn
+
+import pvae
+from pvae import module as pvae_module
 
 X = torch.randn(2, 3, 4, 4)
 
@@ -424,7 +425,7 @@ def test_compiling_again_replaces_the_options() -> None:
     pvae.compile(model, engine="eager", conv3d="unfold2d", expect={"conv3d_unfold": 1})
     model(x)
     assert not isinstance(model.forward.original, type(model.forward))
-    assert [g.counters for g in pvae.report(model).graphs[-1].passes if g.name == "conv3d_unfold"][0]["unfold2d"] == 1
+    assert next(g.counters for g in pvae.report(model).graphs[-1].passes if g.name == "conv3d_unfold")["unfold2d"] == 1
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import pvae
 import pytest
 import torch
-from pvae.options import CHOICES, NAMES, Options, parse_options
 from torch import nn
+
+import pvae
+from pvae.options import CHOICES, NAMES, Options, parse_options
 
 
 def test_defaults_need_no_environment() -> None:
@@ -27,7 +28,9 @@ def test_every_choice_is_taken_and_others_name_them(name: str) -> None:
 
 
 def test_booleans_and_none_mean_what_they_say() -> None:
-    found = parse_options({"verify": False, "strict": True, "channels_last": True, "conv_dtype": None, "passes": None}, {})
+    found = parse_options(
+        {"verify": False, "strict": True, "channels_last": True, "conv_dtype": None, "passes": None}, {}
+    )
     assert (found.verify, found.strict, found.channels_last, found.conv_dtype) == ("off", "on", "on", "none")
     assert found.passes == "default"
     with pytest.raises(pvae.OptionError, match="engine='on' is not possible"):
@@ -37,9 +40,17 @@ def test_booleans_and_none_mean_what_they_say() -> None:
 @pytest.mark.parametrize(
     ("given", "environment", "says"),
     [
-        ({"conv_3d": "auto"}, {}, r"no option 'conv_3d'; did you mean 'conv3d'\? It has: conv3d, conv_dtype, .*, strict"),
+        (
+            {"conv_3d": "auto"},
+            {},
+            r"no option 'conv_3d'; did you mean 'conv3d'\? It has: conv3d, conv_dtype, .*, strict",
+        ),
         ({"zzz": 1}, {}, r"no option 'zzz'\. It has: conv3d"),
-        ({}, {"PVAE_ENGIN": "eager"}, r"no environment variable 'PVAE_ENGIN'; did you mean 'PVAE_ENGINE'\?.*PVAE_STRICT"),
+        (
+            {},
+            {"PVAE_ENGIN": "eager"},
+            r"no environment variable 'PVAE_ENGIN'; did you mean 'PVAE_ENGINE'\?.*PVAE_STRICT",
+        ),
         ({"disable": "foldpad"}, {}, "no pass 'foldpad'; did you mean 'fold_pad'"),
         ({"passes": "foldpad"}, {}, "no pass 'foldpad'; did you mean 'fold_pad'"),
         ({"expect": {"foldpad": 1}}, {}, "no pass 'foldpad'; did you mean 'fold_pad'"),
@@ -79,7 +90,12 @@ def test_both_entrances_say_so(
 
 def test_the_environment_wins_and_disable_is_the_union() -> None:
     given = {"conv3d": "native", "disable": ["fold_pad"], "rewrite_limit": 5}
-    environment = {"PVAE_CONV3D": "unfold2d", "PVAE_DISABLE": "canonicalize,fold_pad", "PVAE_REWRITE_LIMIT": "0", "OTHER": "1"}
+    environment = {
+        "PVAE_CONV3D": "unfold2d",
+        "PVAE_DISABLE": "canonicalize,fold_pad",
+        "PVAE_REWRITE_LIMIT": "0",
+        "OTHER": "1",
+    }
     found = parse_options(given, environment)
     assert (found.conv3d, found.disable, found.rewrite_limit) == ("unfold2d", ("fold_pad", "canonicalize"), 0)
     assert str(found.pipeline) == "drop_zero_taps,conv_dtype,conv3d_unfold,channels_last"
@@ -95,7 +111,9 @@ def test_expect_and_passes_in_the_environment() -> None:
 
 def test_key_tells_options_apart() -> None:
     keys = [parse_options({name: choice}, {}).key() for name, choices in CHOICES.items() for choice in choices[1:]]
-    keys += [parse_options(given, {}).key() for given in ({}, {"disable": "fold_pad"}, {"rewrite_limit": 0}, {"passes": ""})]
+    keys += [
+        parse_options(given, {}).key() for given in ({}, {"disable": "fold_pad"}, {"rewrite_limit": 0}, {"passes": ""})
+    ]
     assert len(set(keys)) == len(keys)
     assert parse_options({"conv3d": "auto"}, {}).key() == Options().key()
     assert set(NAMES) == set(Options.__dataclass_fields__)

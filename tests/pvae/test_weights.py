@@ -6,11 +6,12 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import pvae
 import pytest
 import torch
-from pvae.runtime import frozen_weights
 from torch import Tensor, nn
+
+import pvae
+from pvae.runtime import frozen_weights
 
 X = torch.randn(1, 4, 3, 6, 6)
 

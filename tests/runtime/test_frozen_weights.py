@@ -6,8 +6,9 @@ import gc
 from typing import Any
 
 import torch
-from pvae.runtime.frozen_weights import FrozenWeights, forget
 from torch import Tensor
+
+from pvae.runtime.frozen_weights import FrozenWeights, forget
 
 
 class Counting:

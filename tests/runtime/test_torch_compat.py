@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from pvae.runtime import torch_compat
 from torch import Tensor
+
+from pvae.runtime import torch_compat
 
 
 def test_it_exports_what_exists() -> None:

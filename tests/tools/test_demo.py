@@ -106,6 +106,14 @@ def test_trainer_writes_what_the_demo_loads(tmp_path: Path, monkeypatch: pytest.
     assert len(vae.config.latents_std) == vae.config.z_dim == 16
 
 
+def test_settings_change_the_recipe_and_are_recorded() -> None:
+    recipe = trainer.recipe_from(["learning_rate=1e-3", "clips=[[2,5,32]]"])
+    assert recipe.learning_rate == 1e-3 and recipe.clips == ((2, 5, 32),)
+    assert trainer.changes(recipe) == {"learning_rate": 1e-3, "clips": ((2, 5, 32),)}
+    with pytest.raises(ValueError, match=r"no 'rate'; it has .*learning_rate"):
+        trainer.recipe_from(["rate=1"])
+
+
 def test_missing_weights_name_the_training_command(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"python -m pvae\.tools\.train_demo_vae"):
         load_vae(tmp_path, torch.float32, "cpu")

@@ -27,7 +27,7 @@ def fit(picture: Image.Image, height: int, width: int) -> torch.Tensor:
     left, top = (picture.width - scale * width) / 2, (picture.height - scale * height) / 2
     box = (left, top, left + scale * width, top + scale * height)
     pixels = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS, box=box)
-    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None].float().contiguous() / 127.5 - 1
 
 
 def photograph(height: int = 512, width: int = 512) -> torch.Tensor:
