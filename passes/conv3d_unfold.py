@@ -22,7 +22,7 @@ from torch.fx import Graph, Node
 
 from pvae.kernels import conv3d_unfold as kernel
 from pvae.kernels.channels_last import OP as CHANNELS_LAST
-from pvae.passes.ir import Builder, ConvNode, PadNode, aten, fake_mode_of, known, value
+from pvae.passes.ir import Builder, ConvNode, PadNode, aten, fake_mode_of, known, static, value
 from pvae.passes.rule import Context, Match, Pass, Refusal, Rule
 from pvae.runtime.torch_compat import conv_backend
 
@@ -133,6 +133,8 @@ class FramesToConv2d:
             return conv if isinstance(conv, Refusal) else None
         if conv.padding[0] != (0, 0):
             return Refusal(node, "pads time with a kernel of one frame")
+        if conv.stride[0] != 1 and static(value(conv.x).shape[2]) is None:
+            return Refusal(node, "strides over a symbolic number of frames")
         if any(front != back for front, back in conv.padding):
             return Refusal(node, "padding='same' is uneven here")
         return Match(node, conv)

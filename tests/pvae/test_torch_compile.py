@@ -121,7 +121,7 @@ def test_symint_inputs_stay_inputs() -> None:
 class Writes(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv3d(4, 4, 1)
+        self.conv = nn.Conv3d(4, 4, 3, padding=1)
 
     def forward(self, x: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
         y = self.conv(x) + cache
