@@ -71,13 +71,8 @@ def test_cold_warm_and_edited(house: Path, tmp_path: Path, entry: str) -> None:
     assert run(house, cache, entry) == ["1.000", "False"]
     assert run(house, cache, entry) == ["1.000", "True"]
     kernel = house / "pvae" / "kernels" / "conv3d_unfold.py"
-    edit(kernel, "    t_step, h_step = _chunks(", "    weight = weight * 1\n    t_step, h_step = _chunks(")
-    assert run(house, cache, entry) == ["1.000", "False"], "an edited kernel is another key"
-    edit(kernel, "    weight = weight * 1\n", "    return y.fill_(float('nan'))\n")
-    assert run(house, cache, entry)[0] == "nan"
-    kernel.unlink()
-    kernel.symlink_to(ROOT / "kernels" / "conv3d_unfold.py")
-    assert run(house, cache, entry) == ["1.000", "True"], "the first sources again are the first key"
+    edit(kernel, "    t_step, h_step = _chunks(", "    return y.fill_(float('nan'))\n    t_step, h_step = _chunks(")
+    assert run(house, cache, entry) == ["nan", "False"], "an edited kernel is another key"
 
 
 @pytest.fixture
