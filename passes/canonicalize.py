@@ -15,15 +15,12 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from pvae.passes.ir import Builder, ConvNode, PadNode, aten, is_tensor, known, reaches_output, value
+from pvae.passes.ir import CASTS, Builder, ConvNode, PadNode, aten, is_tensor, known, reaches_output, value
 from pvae.passes.rule import Context, Match, Pass, Refusal, Report, Rule
 
 COPIES = frozenset({aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default})
 NO_COPIES = frozenset({aten.alias.default, aten.detach.default, aten.lift_fresh.default})
 DROPOUTS = frozenset({aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default})
-CASTS = frozenset(
-    {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default, aten._to_copy.default}
-)
 SPLITS = frozenset({aten.chunk.default, aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default})
 
 

@@ -83,6 +83,11 @@ def source_line(node: Node) -> str:
     return ""
 
 
+# Ops that change the dtype (or device) of their first argument and nothing else.
+CASTS = frozenset(
+    {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default, aten._to_copy.default}
+)
+
 # Ops that hand back their first argument itself where nothing has to be done.
 MAYBE_NO_OPS = frozenset(
     {

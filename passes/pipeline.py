@@ -19,12 +19,15 @@ from pvae.passes.conv3d_unfold import CONV3D_UNFOLD
 from pvae.passes.conv_dtype import CONV_DTYPE
 from pvae.passes.drop_zero_taps import DROP_ZERO_TAPS
 from pvae.passes.fold_pad import FOLD_PAD
+from pvae.passes.fuse_modulation import FUSE_MODULATION, FUSE_RESIDUAL_GATE
 from pvae.passes.output_layout import lay_out_outputs
 from pvae.passes.rule import Context, Pass, Report
 from pvae.passes.verify import Signature, verify
 
 PASSES: tuple[Pass, ...] = (
     CANONICALIZE,  # first: every later rule matches one spelling
+    FUSE_MODULATION,  # on the norms as written
+    FUSE_RESIDUAL_GATE,  # after the norms have taken the residuals before them
     DROP_ZERO_TAPS,  # before pads are folded or unfolded: it reads them, and what it drops need not be unfolded
     FOLD_PAD,  # before forms are chosen: a convolution that pads itself has more of them
     CONV_DTYPE,  # before forms are chosen: they depend on the dtype

@@ -17,6 +17,7 @@ import torch
 from torch.fx import Graph, Node
 
 from pvae.passes.ir import aten, derive, known, output_node, value
+from pvae.runtime.torch_compat import free_unbacked_symbols
 
 
 class VerifyError(AssertionError):
@@ -69,7 +70,9 @@ def _derivable(node: Node) -> bool:
     unbacked = isinstance(target, torch._ops.OpOverload) and bool(
         {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(target.tags)
     )
-    return not unbacked
+    # Sizes that only values decide get a new symbol at every derivation, and are equal to nothing.
+    val = value(node)
+    return not unbacked and not (isinstance(val, torch.Tensor) and free_unbacked_symbols(val))
 
 
 def verify(graph: Graph, signature: Signature, after: str) -> None:

@@ -36,6 +36,9 @@ from pvae.runtime.torch_compat import (
 MAX_PROGRAMS = 64
 
 
+NO_NUMPY = ".numpy() is not supported for tensor subclasses"  # torch's words where a traced tensor meets numpy
+
+
 @dataclass(frozen=True)
 class Program:
     """One captured kind of call: the compiled graph, and where its outputs go."""
@@ -201,7 +204,9 @@ class CompiledForward:
                 written = [(table, name) for table, name in watch.written() if (id(table), name) not in known]
             except Unknown as error:
                 return f"forward returns or keeps a {error}, which a capture cannot take apart"
-            except DATA_DEPENDENT as error:
+            except (*DATA_DEPENDENT, RuntimeError) as error:
+                if not isinstance(error, DATA_DEPENDENT) and NO_NUMPY not in str(error):
+                    raise
                 raise PvaeError(
                     f"{self.name}: forward decides by a tensor's value, which capture by running cannot follow; use "
                     f"torch.compile(model, backend='pvae'), which breaks the graph there ({error})"

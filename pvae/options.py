@@ -24,6 +24,7 @@ class Options:
     conv3d         form of 3-D convolutions: auto (by measured rule), native, channels_last, unfold2d
     conv_dtype     none, or bf16: compute convolutions in bf16 under fp32 activations (approximate)
     channels_last  auto (CUDA, half precision), on, off
+    modulation     norm + scale + shift + gate chains as one Triton kernel each: auto (where it runs and wins), on, off
     weights        live: re-laid weights are computed in every call, so that any way of changing a weight is seen;
                    frozen: they are computed once and again when a weight's identity, storage or version changes
                    (a write through `.data` changes none of them: call `pvae.refresh(model)` after it)
@@ -40,6 +41,7 @@ class Options:
     conv3d: str = "auto"
     conv_dtype: str = "none"
     channels_last: str = "auto"
+    modulation: str = "auto"
     weights: str = "live"
     engine: str = "inductor"
     shard: str = "none"
@@ -64,6 +66,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "conv3d": ("auto", "native", "channels_last", "unfold2d"),
     "conv_dtype": ("none", "bf16"),
     "channels_last": ("auto", "on", "off"),
+    "modulation": ("auto", "on", "off"),
     "weights": ("live", "frozen"),
     "engine": ("inductor", "eager"),
     "shard": ("none",),

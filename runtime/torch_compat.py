@@ -21,7 +21,12 @@ from torch._subclasses.fake_tensor import (
 )
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv, statically_known_true
+from torch.fx.experimental.symbolic_shapes import (
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    free_unbacked_symbols,
+    statically_known_true,
+)
 
 __all__ = [
     "DATA_DEPENDENT",
@@ -34,6 +39,7 @@ __all__ = [
     "cpp_compiler",
     "current_frame",
     "enable_python_dispatcher",
+    "free_unbacked_symbols",
     "functional_graph",
     "inductor_cache_dir",
     "is_compiling",
