@@ -17,7 +17,7 @@ from pvae.backend import REGISTRY, PvaeError, compile_capture, complain, overlap
 from pvae.call_structure import Box, In, Out, Rebuilder, Templates, Unknown, describe, fill, same_layout, tensors_of
 from pvae.capture import capture_run, tensor_constants
 from pvae.kernels.channels_last import FORMATS
-from pvae.module_state import Absent, Attribute, AttributeWatch, ModuleState, layout_key
+from pvae.module_state import Absent, Attribute, AttributeWatch, ModuleState, clean_caches, layout_key
 from pvae.options import Options, parse_options
 from pvae.passes import channels_last
 from pvae.passes.channels_last import no_gain
@@ -197,9 +197,13 @@ class CompiledForward:
             traced = _Traced()
             watch = AttributeWatch(self.module)
             try:
-                capture = capture_run(
-                    lambda *flat: self._traced_call(call, flat, len(tensors), state, traced), fakes, state.names, mode
-                )
+                with clean_caches(self.module):
+                    capture = capture_run(
+                        lambda *flat: self._traced_call(call, flat, len(tensors), state, traced),
+                        fakes,
+                        state.names,
+                        mode,
+                    )
                 known = {(id(table), name) for table, name in self._written}
                 written = [(table, name) for table, name in watch.written() if (id(table), name) not in known]
             except Unknown as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+import functools
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
@@ -24,6 +26,26 @@ class Absent(enum.Enum):
 
 def _is_plain(value: Any) -> bool:
     return isinstance(value, PLAIN) or (isinstance(value, tuple) and all(map(_is_plain, value)))
+
+
+@contextmanager
+def clean_caches(module: nn.Module) -> Iterator[None]:
+    """Empty every `functools.lru_cache` that was filled inside: what tracing puts there are tensors without values.
+
+    Caches are looked for where diffusers keeps them: on the classes of the submodules and in their Python modules.
+    """
+    found: dict[int, tuple[Any, int]] = {}
+    for cls in {c for m in module.modules() for c in type(m).__mro__}:
+        for table in (vars(cls), vars(sys.modules[cls.__module__])):
+            for value in table.values():
+                if isinstance(value, functools._lru_cache_wrapper):
+                    found[id(value)] = value, value.cache_info().misses
+    try:
+        yield
+    finally:
+        for cache, misses in found.values():
+            if cache.cache_info().misses != misses:
+                cache.cache_clear()
 
 
 class ModuleState:

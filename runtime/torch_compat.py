@@ -55,8 +55,8 @@ autocast_enabled = torch._C._is_any_autocast_enabled
 
 
 def new_fake_mode() -> FakeTensorMode:
-    """A mode whose tensors keep the sizes they are made with (`static_fake`)."""
-    return FakeTensorMode(shape_env=ShapeEnv())
+    """A mode whose tensors keep the sizes they are made with (`static_fake`); real tensors become constants."""
+    return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 
 
 def static_fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
