@@ -4,8 +4,10 @@
 
 The model (zoo preset `full`: published widths, few blocks) runs once in eager mode; each kind of repeated block keeps the
 inputs it got there and is then compiled alone. `max` is Inductor's max-autotune without CUDA graphs; `pvae-max` is pvae
-with the same settings of Inductor. All rows of a block are compiled first and then measured in turn, round after round,
-so that clocks and heat are the same for all. Times are medians over the rounds, by CUDA events, per call.
+with the same settings of Inductor. All rows of a block are compiled first and then measured round after round, in another
+order each round and each after as many warm-up calls of its own, because these blocks run at the power limit, where a row
+inherits the clock of the one before it. Times are medians over the rounds, by CUDA events, per call. `light` is the time
+of all kernels that are neither matrix products nor attention (by the profiler): what a fusion can change.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import random
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +32,7 @@ from pvae.testing import relative_error
 from pvae.tools.zoo import Case, load
 
 Call = Callable[[], Any]
+HEAVY = re.compile(r"gemm|nvjet|cutlass|xmma|flash|fmha|cudnn|_mm|triton_tem|sdpa", re.IGNORECASE)
 MAX = "max-autotune-no-cudagraphs"
 
 
@@ -79,10 +84,22 @@ def milliseconds(call: Call, calls: int) -> float:
     return start.elapsed_time(end) / calls
 
 
+def light(call: Call, calls: int = 5) -> float:
+    """Milliseconds a call in kernels that are neither matrix products nor attention."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as prof:
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+    kernels = [e for e in prof.key_averages() if not HEAVY.search(e.key)]
+    return sum(e.self_device_time_total for e in kernels) / 1e3 / calls
+
+
 def measure(
     block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rows: list[str], rounds: int
 ) -> dict[str, dict[str, float]]:
-    """Of each row: milliseconds a call, seconds of the first call, peak GiB."""
+    """Of each row: milliseconds a call and in light kernels, seconds of the first call, peak GiB."""
     found: dict[str, dict[str, float]] = {}
     calls: dict[str, Call] = {}
     for row in rows:
@@ -98,13 +115,14 @@ def measure(
         calls[row]()
         torch.cuda.synchronize()
         found[row]["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        found[row]["light_ms"] = light(calls[row])
     once = max(milliseconds(call, 1) for call in calls.values())
     repeat = max(1, round(30 / once))
     times: dict[str, list[float]] = {row: [] for row in rows}
     for _ in range(rounds):
-        for row, call in calls.items():
-            milliseconds(call, 1)
-            times[row].append(milliseconds(call, repeat))
+        for row in random.sample(rows, len(rows)):
+            milliseconds(calls[row], repeat)
+            times[row].append(milliseconds(calls[row], repeat))
     for row in rows:
         found[row]["ms"] = statistics.median(times[row])
         found[row]["spread"] = (max(times[row]) - min(times[row])) / found[row]["ms"]
@@ -150,7 +168,8 @@ def main() -> None:
                 )
                 print(
                     f"{name:18s} {kind:32s} {row:9s} {figures['ms']:8.3f} ms (+-{50 * figures['spread']:.1f} %)  "
-                    f"peak {figures['peak_gib']:6.2f} GiB  first {figures['first_s']:5.1f} s{ratio}",
+                    f"light {figures['light_ms']:7.3f} ms  peak {figures['peak_gib']:6.2f} GiB  "
+                    f"first {figures['first_s']:5.1f} s{ratio}",
                     flush=True,
                 )
             results.append({"model": name, "block": kind, "path": path, "rows": found})

@@ -2,11 +2,13 @@
 
 Times are medians of CUDA-graph replays (`triton.testing.do_bench_cudagraph`). A call walks over as many sets of inputs
 and outputs as together exceed the L2 cache several times, so that nothing is found there that a model would not find.
-TB/s count each input and each output once. Errors are root mean squares against float64, relative to the result's.
+TB/s count each input and each output once. "copy" is half of those bytes read and half written, between tensors of their
+own, by memcpy or by an elementwise kernel (`torch.neg`), whichever is faster. Errors are root mean squares against
+float64, relative to the result's.
 
     --quick                 four shapes instead of 40
     --forms norm,residual   some of the forms only
-    --sweep                 instead: time the candidate configurations, print the lines of `norm_config.TABLE`
+    --sweep                 instead: time the rule's configuration (`norm_config`) beside its neighbours
     --sglang DIR            SGLang's kernels too. Its files run without SGLang; fetch them with
                                 pip download --no-deps --dest DIR sglang==0.5.23
                                 cd DIR && unzip -q sglang-*.whl 'sglang/kernels/*'
@@ -114,6 +116,7 @@ class Row:
     config: dict[str, Any]
     ms: dict[str, float] = field(default_factory=dict)
     error: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0  # what measuring took
 
     def line(self) -> str:
         """TB/s of each; ours over the copy; the fastest other's time over ours."""
@@ -139,7 +142,13 @@ def traffic(form: Form, o: Operands) -> int:
     return sum(t.numel() * t.element_size() for t in o if t is not None) + outputs * o.x.numel() * o.x.element_size()
 
 
-def timed(call: Callable[[Any], Any], sets: list[Any], rep: int = 20) -> float:
+def rotation(form: Form, shape: tuple[int, int, int], dtype: torch.dtype, first: Operands, size: int) -> list[Operands]:
+    """`first` and as many more inputs as make a call of each move ROTATE_BYTES."""
+    count = min(256, max(1, math.ceil(ROTATE_BYTES / size)))
+    return [first] + [operands_for(form, shape, dtype, seed) for seed in range(1, count)]
+
+
+def timed(call: Callable[[Any], Any], sets: list[Any], rep: int = 10) -> float:
     """Milliseconds of one call, over all sets in turn; results are held, so that each call writes fresh memory."""
     from triton.testing import do_bench_cudagraph
 
@@ -162,8 +171,7 @@ def measure(
     form = FORMS[name]
     first = operands_for(form, shape, dtype, 0)
     size = traffic(form, first)
-    count = min(256, max(1, math.ceil(ROTATE_BYTES / size)))
-    sets = [first] + [operands_for(form, shape, dtype, seed) for seed in range(1, count)]
+    sets = rotation(form, shape, dtype, first, size)
     plan = make_plan(form.norm, first, *form.outputs(first.x))
     assert not isinstance(plan, str), plan
     row = Row(name, shape, str(dtype).removeprefix("torch."), size, dict(plan.constants))
@@ -184,13 +192,19 @@ def measure(
         if label in ("eager", "pvae"):
             row.error[label] = rms_error(call(first), first, form)
     if "copy" in baselines:
-        pairs = [torch.zeros(2, size // 2, dtype=torch.int8, device="cuda").unbind() for _ in sets]
-        row.ms["copy"] = timed(lambda pair: pair[1].copy_(pair[0]), pairs)
+        row.ms["copy"] = copy_time(size, len(sets))
     return row
 
 
-def sweep(name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[str, Config, list[tuple[float, Config]]]:
-    """Time the candidates for one form and shape: the key's text, the best, and all of them, fastest first."""
+def copy_time(size: int, count: int) -> float:
+    """Milliseconds to read `size` / 2 bytes and write as many, by the faster of memcpy and an elementwise kernel."""
+    pairs = [[torch.randn(size // 4, device="cuda").bfloat16() for _ in range(2)] for _ in range(count)]
+    memcpy = timed(lambda pair: pair[1].copy_(pair[0]), pairs)
+    return min(memcpy, timed(lambda pair: torch.neg(pair[0], out=pair[1]), pairs))
+
+
+def sweep(name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[int, list[tuple[float, Config]]]:
+    """Time the candidates for one form and shape: bytes of a call, and (milliseconds, config) of each, the rule's first."""
     import triton
 
     from pvae.kernels.norm_kernel import norm_kernel
@@ -198,10 +212,9 @@ def sweep(name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[s
     form = FORMS[name]
     first = operands_for(form, shape, dtype, 0)
     outputs = form.outputs(first.x)
-    count = min(256, max(1, math.ceil(ROTATE_BYTES / traffic(form, first))))
-    sets = [first] + [operands_for(form, shape, dtype, seed) for seed in range(1, count)]
-    work = work_of(form.norm, first)
-    configs = candidates(work)
+    size = traffic(form, first)
+    sets = rotation(form, shape, dtype, first, size)
+    configs = candidates(work_of(first))
     with ThreadPoolExecutor(16) as pool, triton.AsyncCompileMode(pool):
         for config in configs:
             plan = make_plan(form.norm, first, *outputs, config)
@@ -209,9 +222,7 @@ def sweep(name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[s
             results = [None if d is None else torch.empty_like(first.x, dtype=d) for d in outputs]
             norm_kernel.warmup(*first, *results, *plan.integers, EPS, 1.0, grid=plan.grid, **plan.constants)
     call = functools.partial(run, form.norm, eps=EPS, scale_constant=1.0, h_dtype=outputs[0], y_dtype=outputs[1])
-    found = [(timed(functools.partial(call, config=config), sets, 8), config) for config in configs]
-    found.sort(key=lambda pair: pair[0])
-    return f"({work.form!r}, {work.channels}, {work.itemsize})", found[0][1], found
+    return size, [(timed(functools.partial(call, config=config), sets, 8), config) for config in configs]
 
 
 def host_time(form: Form, dtype: torch.dtype) -> float:
@@ -257,7 +268,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--baselines", default="eager,inductor,max,copy", help="any of eager, inductor, max, copy")
     parser.add_argument("--sglang", type=Path, help="the folder that holds the unpacked sglang/ folder")
-    parser.add_argument("--json", type=Path, help="write the rows, or the sweep's figures, to this file")
+    parser.add_argument(
+        "--json", type=Path, help="write the rows, or the sweep's figures, here; rows that are there stay"
+    )
     parser.add_argument("--budget", type=float, default=480, help="seconds after which no new shape is begun")
     args = parser.parse_args()
     names, dtype = args.forms.split(","), getattr(torch, args.dtype)
@@ -265,25 +278,15 @@ def main() -> None:
         parser.error(f"no form {', '.join(sorted(unknown))}; they are {', '.join(FORMS)}")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     if args.sweep:
-        shapes = args.shapes or [
-            (1, rows, c) for rows in (32760, 4096, 1024, 256) for c in (5120, 3072, 4096, 1536, 8192, 6144, 2048, 1024)
-        ]
-        table: dict[str, list[tuple[int, Config]]] = {}
         figures = []
-        for name, shape in within(args.budget, [(n, s) for s in shapes for n in names if not n.endswith("rms")]):
-            key, best, found = sweep(name, shape, dtype)
-            table.setdefault(key, []).append((shape[0] * shape[1], best))
+        for name, shape in within(args.budget, [(n, s) for s in args.shapes or SHAPES for n in names]):
+            size, found = sweep(name, shape, dtype)
             figures.append({"form": name, "shape": shape, "ms": [(ms, asdict(config)) for ms, config in found]})
-            gbs = traffic(FORMS[name], operands_for(FORMS[name], shape, dtype, 0)) / 1e9
+            best, config = min(found, key=lambda pair: pair[0])
             print(
-                f"{name:16} {shape}: " + "; ".join(f"{gbs / ms:.2f} TB/s {config}" for ms, config in found[:3]),
+                f"{name:16} {'x'.join(map(str, shape)):14} rule {size / found[0][0] / 1e9:5.2f}  best "
+                f"{size / best / 1e9:5.2f} TB/s  {found[0][0] / best:.3f}x  {config}",
                 flush=True,
-            )
-        for key, entries in table.items():
-            print(
-                f"    {key}: ("
-                + " ".join(f"({rows}, {config})," for rows, config in sorted(entries, key=lambda e: e[0]))
-                + "),"
             )
         if args.json:
             args.json.write_text(json.dumps(figures))
@@ -291,9 +294,13 @@ def main() -> None:
     for name in names:
         print(f"host time of one {name}: {host_time(FORMS[name], dtype):.1f} us", flush=True)
     shapes = args.shapes or (QUICK if args.quick else (*FOCUS, *(s for s in SHAPES if s not in FOCUS)))
-    rows = []
-    for name, shape in within(args.budget, [(n, s) for n in names for s in shapes]):
+    rows = [Row(**row) for row in json.loads(args.json.read_text())] if args.json and args.json.exists() else []
+    done = [(row.form, tuple(row.shape), row.dtype) for row in rows]
+    jobs = [(n, s) for n in names for s in shapes if (n, s, args.dtype) not in done]
+    for name, shape in within(args.budget, jobs):
+        start = time.monotonic()
         rows.append(measure(name, shape, dtype, args.baselines.split(","), args.sglang))
+        rows[-1].seconds = time.monotonic() - start
         print(rows[-1].line(), flush=True)
         if args.json:
             args.json.write_text(json.dumps([asdict(row) for row in rows]))

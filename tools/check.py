@@ -13,9 +13,10 @@ import torch
 from pvae.module import compiled_forwards, restore
 from pvae.options import Options
 from pvae.testing import Agreement, agreement
-from pvae.tools.model_run import Request, Trace, attach_reports, compile_traced, dtype_name, is_factory
+from pvae.tools.model_run import Request, Trace, attach_reports, compile_traced, dtype_name
 from pvae.tools.zoo import Case, Unsupported
 from pvae.tools.zoo import names as zoo_names
+from pvae.tools.zoo import parts as zoo_parts
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Subject:
     def __init__(self, case: Case) -> None:
         self.case = case
         self.eager = case.run()
-        self.reference = self.eager if case.inputs[0].dtype == torch.float64 else case.cast(torch.float64).run()
+        self.reference = self.eager if self.eager.dtype == torch.float64 else case.cast(torch.float64).run()
 
     def trial(self, options: Options) -> Trial:
         """Compile the model with `options`, run it and compare. Whatever is raised is a finding, not an error here."""
@@ -94,10 +95,10 @@ def requests(
     dtypes: Sequence[torch.dtype],
     seeds: Sequence[int],
 ) -> list[Request]:
-    """Every combination for `base.model`, or for the whole zoo if that is `all`."""
+    """Every combination for `base.model`, or for all the zoo's autoencoders if that is `all`."""
     models = zoo_names() if base.model == "all" else (base.model,)
-    if is_factory(base.model):
-        parts = ("forward",)
+    if zoo_parts(base.model) == ("forward",):
+        parts = zoo_parts(base.model)
     table = itertools.product(models, parts, sizes, dtypes, seeds)
     return [replace(base, model=m, part=p, size=s, dtype=d, seed=n) for m, p, s, d, n in table]
 

@@ -21,10 +21,12 @@ from pvae.tools.check import Checked, Subject, Trial
 from pvae.tools.check import check as run_checks
 from pvae.tools.check import requests as check_requests
 from pvae.tools.cli_options import Json, comma_list, model_command
+from pvae.tools.coverage import complete, cover, markdown
 from pvae.tools.doctor import BROKEN, examine
 from pvae.tools.model_run import Request, RequestError, Trace, dtype_named, size_named, trace_shapes
 from pvae.tools.timing import measure
 from pvae.tools.zoo import Unsupported
+from pvae.tools.zoo import names as zoo_names
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -236,6 +238,26 @@ def check(
         skipped = sum(line.trial is None for line in lines)
         print(f"\n{len(lines) - bad - skipped} right, {bad} wrong, {skipped} skipped (engine {request.options.engine})")
     raise typer.Exit(bool(bad))
+
+
+@app.command()
+def coverage(
+    models: Annotated[str, typer.Argument(help="Names, separated by commas, or all.")] = "all",
+    out: Annotated[Path | None, typer.Option(help="Write the table here, as Markdown.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """Modulation chains (norm, scale, shift, gate) of the zoo's transformers: how many are fused, and why others not."""
+    found = []
+    for name in zoo_names("transformer") if models == "all" else comma_list(models, str):
+        case = Request(name, part="forward", device="cpu").load()
+        found.append(cover(case, {"engine": "eager", "modulation": "on"}))
+        if not as_json:
+            print(found[-1].line(), flush=True)
+    if out is not None:
+        out.write_text(markdown(found))
+    if as_json:
+        emit({"ok": complete(found), "models": [f.to_dict() for f in found]})
+    raise typer.Exit(not complete(found))
 
 
 @model_command(app, default_engine="eager")

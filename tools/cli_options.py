@@ -22,7 +22,10 @@ def _build(
     model: Annotated[
         str, typer.Argument(help="Zoo name, diffusers:ClassName or package.module:factory.", show_default=False)
     ],
-    part: Annotated[str, typer.Option(help="decode or encode.", rich_help_panel=_MODEL)] = "decode",
+    part: Annotated[
+        str | None,
+        typer.Option(help="decode (default) or encode of an autoencoder, forward of others.", rich_help_panel=_MODEL),
+    ] = None,
     preset: Annotated[str, typer.Option(help="tiny, or full (as published).", rich_help_panel=_MODEL)] = "tiny",
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16, float16, float64.", rich_help_panel=_MODEL)
@@ -32,7 +35,9 @@ def _build(
     ] = "auto",
     size: Annotated[
         str | None,
-        typer.Option(help="Pixels, as 9x64x96 (frames, height, width) or 64x96.", rich_help_panel=_MODEL),
+        typer.Option(
+            help="Pixels, as 9x64x96 (frames, height, width) or 64x96; a transformer's latents.", rich_help_panel=_MODEL
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of weights and inputs.", rich_help_panel=_MODEL)] = 0,
     engine: Annotated[str | None, typer.Option(help="inductor or eager.", rich_help_panel=_COMPILE)] = None,

@@ -86,10 +86,13 @@ def is_factory(model: str) -> bool:
 
 @dataclass(frozen=True)
 class Request:
-    """A model and how to build it. `device` is `auto` (a GPU if there is one) or a torch device."""
+    """A model and how to build it. `part` is the model's first one if None.
+
+    `device` is `auto` (a GPU if there is one) or a torch device.
+    """
 
     model: str
-    part: str = "decode"
+    part: str | None = None
     preset: str = "tiny"
     dtype: torch.dtype = torch.float32
     device: str = "auto"

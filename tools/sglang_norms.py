@@ -143,5 +143,5 @@ def sglang_norms(root: Path, form: str, o: Operands, eps: float) -> dict[str, Ca
         "gate": {"one": gate},
     }
     if form == "norm" and o.x.dtype == torch.bfloat16 and channels % 4 == 0 and channels <= 8192:
-        found["norm"]["one"] = one_kernel
+        found["norm"] = {"one": one_kernel}
     return found.get(form, {})

@@ -163,7 +163,7 @@ def test_bad_size(name: str, size: tuple[int, ...], says: str) -> None:
         (lambda: load("kl", preset="huge"), "unknown preset 'huge'; valid: tiny, full"),
         (lambda: load("kl", part="decoder"), r"did you mean decode\?"),
         (lambda: load("diffusers:AutoencoderKLWam"), r"did you mean AutoencoderKLWan\?"),
-        (lambda: load("diffusers:WanTransformer3DModel"), "no encode and decode"),
+        (lambda: load("diffusers:UNet2DModel"), "no encode and decode"),
         (lambda: load("diffusers:AutoencoderKLTemporalDecoder"), "missing values for num_frames of decode"),
         (lambda: load("diffusers:AutoencoderKLHunyuanImage"), "missing defaults of its constructor's in_channels"),
         (lambda: load("diffusers:AutoencoderOobleck"), "missing spatial_compression_ratio"),

@@ -2,8 +2,9 @@
 
 import difflib
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,23 +14,37 @@ from pvae.tools.zoo.case import Case, cast, forward
 from pvae.tools.zoo.derive import derive_entry, latent_channels
 from pvae.tools.zoo.entry import Entry, Unsupported
 from pvae.tools.zoo.image import IMAGE
+from pvae.tools.zoo.image_transformers import IMAGE_TRANSFORMERS
+from pvae.tools.zoo.packed_transformers import PACKED_TRANSFORMERS
+from pvae.tools.zoo.transformer import TransformerEntry, draw_weights
 from pvae.tools.zoo.video import VIDEO
+from pvae.tools.zoo.video_transformers import VIDEO_TRANSFORMERS
 
 ENTRIES: Mapping[str, Entry] = VIDEO | IMAGE
+TRANSFORMERS: Mapping[str, TransformerEntry] = VIDEO_TRANSFORMERS | PACKED_TRANSFORMERS | IMAGE_TRANSFORMERS
+_NAMES = {"autoencoder": tuple(ENTRIES), "transformer": tuple(TRANSFORMERS)}
 _PRESETS = ("tiny", "full")
-_PARTS = ("decode", "encode")
 
 
-def names() -> tuple[str, ...]:
-    """The zoo's own names."""
-    return tuple(ENTRIES)
+def names(kind: str = "autoencoder") -> tuple[str, ...]:
+    """The zoo's own names of a kind of model, `autoencoder` or `transformer`."""
+    _check("kind of model", kind, tuple(_NAMES))
+    return _NAMES[kind]
+
+
+def parts(spec: str) -> tuple[str, ...]:
+    """What can be loaded of `spec`, the default first."""
+    classes = {entry.cls for entry in TRANSFORMERS.values()}
+    if _is_factory(spec) or spec in TRANSFORMERS or spec.removeprefix("diffusers:") in classes:
+        return ("forward",)
+    return ("decode", "encode")
 
 
 def load(
     spec: str,
     *,
     preset: str = "tiny",
-    part: str = "decode",
+    part: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     seed: int = 0,
@@ -37,10 +52,11 @@ def load(
 ) -> Case:
     """The model that `spec` names, with random weights and inputs that depend on `seed` alone.
 
-    `spec` is a zoo name; `diffusers:ClassName` (the zoo's entry of that class, else the class's default configuration);
-    or `package.module:factory`, where `factory()` returns `module, args` or `module, args, kwargs` and the part is
-    `forward` (`preset` and `size` are the factory's business, and `part` may stay at its default).
-    `size` is in pixels, (frames, height, width) or (height, width); batch is 1.
+    `spec` is a zoo name; `diffusers:ClassName` (the zoo's first entry of that class, else an autoencoder's default
+    configuration); or `package.module:factory`, where `factory()` returns `module, args` or `module, args, kwargs`
+    (`preset` and `size` are the factory's business). `part` is `decode` (the default) or `encode` of an autoencoder,
+    `forward` of anything else. `size` is (frames, height, width) or (height, width): an autoencoder's in pixels, at
+    batch 1; a transformer's in latents, before patches are made of them.
 
     Weights and inputs are drawn in float32 and then cast, on the CPU, so that they are the same for every dtype and
     device; `full` weights are drawn on a CUDA device itself, for speed, and so differ from the CPU's. The global random
@@ -48,19 +64,23 @@ def load(
     `Unsupported` where torch lacks an op.
     """
     device = torch.device(device)
-    if ":" in spec and not spec.startswith("diffusers:"):
-        if part not in ("decode", "forward") or preset != "tiny" or size is not None:
+    if _is_factory(spec):
+        if part not in (None, "forward") or preset != "tiny" or size is not None:
             raise ValueError(f"{spec} is a factory: it has no other part than forward, no presets and no sizes")
         return _from_factory(spec, dtype, device, seed)
     _check("preset", preset, _PRESETS)
-    _check("part", part, _PARTS)
     entry = _find(spec)
+    part = parts(spec)[0] if part is None else part
+    _check(f"part of {spec}", part, parts(spec))
+    if isinstance(entry, TransformerEntry):
+        return _transformer(spec, entry, preset, dtype, device, seed, size)
     if device.type == "cpu" and (part, dtype) in entry.cpu_gaps:
         raise Unsupported(
             f"torch has no {entry.cpu_gaps[part, dtype]} for {dtype} on the CPU, which {spec} {part} needs"
         )
     pixels, latents = entry.extents(spec, entry.preset(preset).size if size is None else tuple(size))
-    model = _build(entry, preset, device, seed)
+    draw = partial(_vary_constants, gain=entry.gain)
+    model = _build(entry.cls, entry.preset(preset).config, draw, device, seed, direct=preset == "full")
     with _seeded(seed, torch.device("cpu")), torch.device("meta" if device.type == "meta" else "cpu"):
         if part == "decode":
             inputs = torch.randn(1, latent_channels(model), *latents)
@@ -79,13 +99,50 @@ def load(
     )
 
 
-def _find(spec: str) -> Entry:
+def _is_factory(spec: str) -> bool:
+    return ":" in spec and not spec.startswith("diffusers:")
+
+
+def _transformer(
+    spec: str,
+    entry: TransformerEntry,
+    preset: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    size: tuple[int, ...] | None,
+) -> Case:
+    sizes = entry.sizes(preset) if size is None else entry.sizes(preset).resized(spec, tuple(size))
+    model = _build(entry.cls, entry.config(preset), draw_weights, device, seed, direct=preset == "full")
+    with _seeded(seed, torch.device("cpu")), torch.device("meta" if device.type == "meta" else "cpu"):
+        kwargs = entry.inputs(model, sizes)
+    return Case(
+        name=spec,
+        preset=preset,
+        part="forward",
+        model=nn.Module.to(model, device, dtype),
+        inputs=(),
+        kwargs=cast(kwargs, dtype, device),
+        regions=("",),
+        call=entry.call,
+    )
+
+
+def _find(spec: str) -> Entry | TransformerEntry:
+    entries: Mapping[str, Entry | TransformerEntry] = {**ENTRIES, **TRANSFORMERS}
     if not spec.startswith("diffusers:"):
-        _check("model", spec, names(), "; or give diffusers:ClassName or package.module:factory")
-        return ENTRIES[spec]
+        _check("model", spec, tuple(entries), "; or give diffusers:ClassName or package.module:factory")
+        return entries[spec]
     wanted = spec.removeprefix("diffusers:")
-    known = [entry for entry in ENTRIES.values() if entry.cls == wanted]
-    return known[0] if known else derive_entry(_diffusers_class(wanted))
+    known = [entry for entry in entries.values() if entry.cls == wanted]
+    if known:
+        return known[0]
+    found: Any = _diffusers_class(wanted)
+    if not (hasattr(found, "encode") and hasattr(found, "decode")):
+        raise ValueError(
+            f"diffusers:{wanted} is not in the zoo and has no encode and decode; give a package.module:factory for it"
+        )
+    return derive_entry(found)
 
 
 def _diffusers_class(name: str) -> type:
@@ -97,8 +154,6 @@ def _diffusers_class(name: str) -> type:
     found: Any = getattr(diffusers, name, None)
     if not isinstance(found, type):
         _check("diffusers class", name, autoencoders)
-    if not (hasattr(found, "encode") and hasattr(found, "decode")):
-        raise ValueError(f"diffusers:{name} has no encode and decode; give a package.module:factory for it")
     return found
 
 
@@ -118,22 +173,36 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _build(entry: Entry, preset: str, device: torch.device, seed: int) -> nn.Module:
-    """The model in float32 and eval mode, no parameter asking for gradients."""
-    cls: Any = _diffusers_class(entry.cls)
-    config = entry.preset(preset).config
-    direct = device.type == "meta" or (device.type == "cuda" and preset == "full")
-    where = device if direct else torch.device("cpu")
+def _build(
+    cls_name: str,
+    config: Mapping[str, object],
+    draw: Callable[[nn.Module], None],
+    device: torch.device,
+    seed: int,
+    *,
+    direct: bool,
+) -> nn.Module:
+    """The model in float32 and eval mode, no parameter asking for gradients; `direct`: on a CUDA device from the start.
+
+    `draw` changes the weights that the class starts with.
+    """
+    cls: Any = _diffusers_class(cls_name)
+    where = device if device.type == "meta" or (device.type == "cuda" and direct) else torch.device("cpu")
     with _seeded(seed, where), torch.no_grad(), where:
         model: nn.Module = cls(**config)
         if where.type != "meta":
-            for parameter in model.parameters():
-                # What starts as all ones or zeros (norms' weights and biases) would hide a rewrite that drops it.
-                if parameter.ndim and parameter.min() == parameter.max():
-                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
-                if parameter.ndim >= 4:
-                    parameter.mul_(entry.gain)
+            draw(model)
     return model.eval().requires_grad_(False)
+
+
+def _vary_constants(model: nn.Module, gain: float) -> None:
+    """Noise on what starts as all ones or zeros (norms' weights and biases), which would hide a rewrite that drops it;
+    `gain` on the convolutions."""
+    for parameter in model.parameters():
+        if parameter.ndim and parameter.min() == parameter.max():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        if parameter.ndim >= 4:
+            parameter.mul_(gain)
 
 
 def _from_factory(spec: str, dtype: torch.dtype, device: torch.device, seed: int) -> Case:
