@@ -23,7 +23,7 @@ from pvae.passes.prepare_weights import split_weight_work
 from pvae.passes.rule import Context, RewriteCounter
 from pvae.report import GraphReport, Registry
 from pvae.runtime.frozen_weights import FrozenWeights
-from pvae.runtime.torch_compat import compile_fx, current_frame
+from pvae.runtime.torch_compat import compile_fx, current_frame, inductor_settings
 
 REGISTRY = Registry()
 _COUNTERS: dict[int | None, RewriteCounter] = {}
@@ -155,7 +155,8 @@ def compile_capture(
             )
     key = None
     if not inside_dynamo and not tensor_constants(gm):
-        key = hashlib.sha256((options.key() + dump.text(gm.graph, strides=True, source=False)).encode()).hexdigest()
+        text = options.key() + inductor_settings() + dump.text(gm.graph, strides=True, source=False)
+        key = hashlib.sha256(text.encode()).hexdigest()
         if key in _SHARED:
             compiled, first = _SHARED[key]
             report.shared_with = REGISTRY.index(first)

@@ -42,6 +42,7 @@ __all__ = [
     "free_unbacked_symbols",
     "functional_graph",
     "inductor_cache_dir",
+    "inductor_settings",
     "is_compiling",
     "new_fake_mode",
     "static_fake",
@@ -52,6 +53,11 @@ __all__ = [
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 is_compiling = torch.compiler.is_compiling
 autocast_enabled = torch._C._is_any_autocast_enabled
+
+
+def inductor_settings() -> str:
+    """A key of what `torch._inductor.config` is set to now."""
+    return torch._inductor.config.get_hash().hex()
 
 
 def new_fake_mode() -> FakeTensorMode:

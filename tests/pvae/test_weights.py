@@ -65,6 +65,16 @@ def test_instances_share_one_compile(engine: str, weights: str) -> None:
     assert [len(pvae.report(b).graphs) for b in blocks] == [1, 1, 1]
 
 
+def test_other_inductor_settings_are_not_shared() -> None:
+    first, second = Block(), Block()
+    pvae.compile(first, conv3d="unfold2d")
+    assert_right(first, first)
+    pvae.compile(second, conv3d="unfold2d")
+    with torch._inductor.config.patch(max_fusion_size=1):
+        assert_right(second, second)
+    assert [g.shared_with for g in pvae.report(None).graphs] == [None, None]
+
+
 def test_other_options_and_other_graphs_are_not_shared() -> None:
     first, second, third = Block(), Block(), Block()
     third.conv = nn.Conv3d(4, 4, 3, padding=1, padding_mode="replicate")
