@@ -41,6 +41,8 @@ RESIDUAL_NORMS = {
     "rms": (_residual_rms, torch.ops.pvae.residual_gate_rms_norm_modulate.default),
 }
 RESIDUAL_GATE = torch.ops.pvae.residual_gate.default
+GATHERS = frozenset({aten.cat.default, aten.index_select.default, aten.index.Tensor})
+NARROW_FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})  # what the ops compute with in float32
 TRITON_DEVICES = ("cuda", "xpu")  # "cuda" is ROCm too
 POINTWISE = "Inductor writes a pointwise chain in one pass too (modulation=on forces)"
 ADDS = frozenset({aten.add.Tensor, aten.add.Scalar})
@@ -61,20 +63,25 @@ class Operand:
     def of(cls, whole: Node) -> Operand:
         node = before_casts(whole)
         plain = cls(node, node)
-        if node.target is not aten.where.self:
+        if node.target is not aten.where.self or not all(map(is_tensor, node.args)):
             return plain
         condition, first, second = node.args
-        if not is_tensor(condition) or not is_tensor(first) or not is_tensor(second):
-            return plain
         assert isinstance(condition, Node) and isinstance(first, Node) and isinstance(second, Node)
-        if not known(value(condition).shape[-1] == 1):
+        shape = value(condition).shape
+        if len(shape) != value(node).dim() or len(shape) < 2 or not known(shape[-1] == 1):
+            return plain
+        if not (fits(first, node) and fits(second, node)):
             return plain
         index, zero_takes_first = _index(condition)
         return cls(node, first, second, index) if zero_takes_first else cls(node, second, first, index)
 
-    def with_index(self, index: Node | None) -> Operand:
-        """As it is if it is chosen by `index` or not chosen at all; else its value in full."""
-        return self if self.index in (None, index) else Operand(self.whole, self.whole)
+    def chosen_by(self, index: Node | None, rows: Node) -> Operand:
+        """As it is if it is not chosen at all, or by `index` with one number a row of `rows`; else its value in full."""
+        if self.index is None:
+            return self
+        ranks = (value(rows).dim() - 1, value(rows).dim())
+        fit = self.index is index and value(self.index).dim() in ranks and value(self.whole).dim() == ranks[1]
+        return self if fit else Operand(self.whole, self.whole)
 
     def nodes(self) -> list[Node]:
         return [n for n in (self.node, self.second, self.index) if n is not None]
@@ -88,6 +95,12 @@ class Residual:
     residual: Node
     x: Node
     gate: Operand | None
+    view: Node | None = None  # the reshape behind gate * x, to be done to x instead
+
+    @property
+    def rows(self) -> Node:
+        """A node of the size of x as the op gets it."""
+        return self.view or self.x
 
 
 @dataclass(frozen=True)
@@ -122,7 +135,7 @@ class Chain:
 
 
 def before_casts(node: Node) -> Node:
-    """What `node` was before casts between floating-point types."""
+    """What `node` was before casts between the floating-point types that the ops compute with in float32."""
     while _is_cast(node):
         source = node.args[0]
         assert isinstance(source, Node)
@@ -134,7 +147,9 @@ def _is_cast(node: Node) -> bool:
     if node.target not in CASTS or not isinstance(node.args[0], Node) or not is_tensor(node.args[0]):
         return False
     source = value(node.args[0])
-    return value(node).is_floating_point() and source.is_floating_point() and source.device == value(node).device
+    if source.device != value(node).device:
+        return False
+    return source.dtype == value(node).dtype or not ({source.dtype, value(node).dtype} - NARROW_FLOATS)
 
 
 def _index(condition: Node) -> tuple[Node, bool]:
@@ -253,15 +268,18 @@ class FuseNorm:
             if not any(c.constant or c.shift is not None for c in chains):
                 return None  # a rotary embedding multiplies one use of a norm by a cosine
             return Refusal(node, "the norm's result is also used otherwise, so it is written anyway")
+        if residual is not None and residual.gate is not None:
+            gate = residual.gate.chosen_by(chains[0].index() or residual.gate.index, residual.node)
+            residual = replace(residual, gate=gate)
         if residual is not None and (
             chains[0].views or residual.node in Ancestry.cone(chains[0].inputs(), residual.node)
         ):
             residual = None
         if residual is None and not chains[0].operands():
-            return Refusal(node, "the gated residual before the norm has other users between the two")
+            return Refusal(node, "the norm's weight is made from the gated sum before it")
         for chain in chains:
             before = residual if chain is chains[0] else None
-            rows = chain.views[-1] if chain.views else norm.x
+            rows = chain.views[-1] if chain.views else norm.x if before is None else before.rows
             operands = _operands(rows, before, chain)
             reason = _misfit(operands)
             if reason is None and self.auto:
@@ -321,11 +339,7 @@ class FuseNorm:
 
     def _between(self, user: Node, uses: list[Node]) -> str | None:
         """A reason, if the rows of a norm are moved by `user` before they are scaled."""
-        moves = user.target in ROW_VIEWS or user.target in (
-            aten.cat.default,
-            aten.index_select.default,
-            aten.index.Tensor,
-        )
+        moves = user.target in GATHERS or (user.target in ROW_VIEWS and _keeps_channels(user))
         if moves and uses and all(self._scaled(u) for u in uses):  # not a rotary embedding: x * cos + rotated(x) * sin
             return f"{user.target} stands between the norm and its scale"
         return None
@@ -384,16 +398,25 @@ class FuseNorm:
         if position < len(steps) and kinds[position] == "add":
             chain = replace(chain, shift=Operand.of(steps[position][1]), end=steps[position][2])
         scale, shift = chain.scale, chain.shift
-        modulated = scale is not None and self.ancestry.from_input(scale.node)
+        modulated = self._modulates(chain, affine.end)
         if not modulated and shift is not None:
-            modulated = self.ancestry.from_input(shift.node) and (
+            modulated = self.ancestry.from_input(shift.whole) and (
                 shift.second is not None or narrow(shift.node, affine.end)
             )
         if not modulated:
             return None
-        index = chain.index()
-        scale, shift = (None if o is None else o.with_index(index) for o in (chain.scale, chain.shift))
+        index, rows = chain.index(), affine.end
+        scale, shift = (None if o is None else o.chosen_by(index, rows) for o in (scale, shift))
         return replace(chain, scale=scale, shift=shift, end=_with_cast(chain.end))
+
+    def _modulates(self, chain: Chain, rows: Node) -> bool:
+        """Whether the scale is modulation: made from an input, and not the gate of a GLU, which has a value of its own
+        for each row, is no `k + s`, is not cut out of another tensor, and is followed by no shift."""
+        scale = chain.scale
+        if scale is None or not self.ancestry.from_input(scale.whole):
+            return False
+        several = scale.second is not None or narrow(scale.node, rows) or _is_piece(scale.node)
+        return several or bool(chain.constant) or chain.shift is not None
 
     def _affine(self, norm: NormNode) -> Chain:
         """The norm alone, with the weight that is multiplied in by hand behind it."""
@@ -426,7 +449,7 @@ def _keeps_channels(view: Node) -> bool:
 
 
 def constant_plus(node: Node) -> tuple[float, Node]:
-    """(k, s) of `k + s`; (0, node) for anything else. Looks through casts, views of the sum and slices of it."""
+    """(k, s) of `k + s`, seen through casts; (0, node) for anything else."""
     node = before_casts(node)
     if node.target in ADDS and node.kwargs.get("alpha", 1) == 1:
         first, second = node.args[:2]
@@ -457,34 +480,67 @@ def residual_of(x: Node) -> Residual | None:
         pair = numbers(total) if total.target is aten.add.Tensor else None
         if pair is None or not all(same_sizes(n, total) for n in pair):
             return None
-        found = (pair[0], pair[1], None)
-    residual, y, gate = found
-    return Residual(node, before_widening(residual), before_widening(y), gate)
+        return Residual(node, before_widening(pair[0]), before_widening(pair[1]), None)
+    return replace(found, node=node)
 
 
-def _gated_sum(node: Node) -> tuple[Node, Node, Operand] | None:
-    """(residual, y, gate) of residual + gate * y, the gate broadcast over rows or chosen by an index."""
+def _gated_sum(node: Node) -> Residual | None:
+    """`node` as residual + gate * x, the gate broadcast over rows, chosen by an index or cut out of a modulation tensor."""
+    candidates: list[tuple[Any, Any, Any, Node | None]] = []
     if node.target is aten.addcmul.default and node.kwargs.get("value", 1) == 1:
-        candidates = [(node.args[0], node.args[1:3])]
-    else:
-        pair = numbers(node) if node.target is aten.add.Tensor else None
-        if pair is None:
-            return None
-        candidates = []
+        candidates.append((*node.args[:3], None))
+    elif node.target is aten.add.Tensor and (pair := numbers(node)):
         for residual, product in (pair, pair[::-1]):
-            product = before_casts(product)
+            product, view = before_casts(product), None
+            if product.target in RESHAPES and len(product.users) == 1 and _keeps_channels(product):
+                view, product = product, before_casts(product.args[0])  # type: ignore[arg-type]
             if product.target is aten.mul.Tensor and len(product.users) == 1 and numbers(product):
-                candidates.append((residual, product.args[:2]))
-    for residual, (first, second) in candidates:
-        for gate, y in ((first, second), (second, first)):
-            if not (isinstance(residual, Node) and isinstance(gate, Node) and isinstance(y, Node)):
+                candidates.append((residual, *product.args[:2], view))
+    for residual, first, second, view in candidates:
+        for gate, x in ((first, second), (second, first)):
+            if not all(isinstance(n, Node) for n in (residual, gate, x)):
                 continue
-            if not (same_sizes(residual, node) and same_sizes(y, node) and fits(gate, y)):
+            if not (same_sizes(residual, node) and same_sizes(view or x, node) and fits(gate, x)):
                 continue
             operand = Operand.of(gate)
-            if operand.second is not None or narrow(gate, y):
-                return residual, y, operand
+            if view is not None:
+                if not _is_per_frame(operand, x, view):
+                    continue
+            elif not (
+                operand.second or narrow(gate, x) or (same_sizes(gate, x) and _is_piece(gate) and not _is_piece(x))
+            ):
+                continue
+            return Residual(node, before_widening(residual), before_widening(x), operand, view)
     return None
+
+
+def _is_per_frame(gate: Operand, x: Node, rows: Node) -> bool:
+    """Whether a gate [B, F, 1, C] on x [B, F, N, C] can be one on `rows` [B, F * N, C]."""
+    if gate.second is not None or value(gate.node).dim() != 4 or value(x).dim() != 4 or value(rows).dim() != 3:
+        return False
+    (batch, frames, one, _), (batches, extent, *_) = value(gate.node).shape, value(x).shape
+    return (
+        known(batch == batches) and known(frames == extent) and known(one == 1) and known(value(rows).shape[0] == batch)
+    )
+
+
+def _is_piece(node: Node) -> bool:
+    """Whether `node` is cut out of another tensor, as a gate is out of a modulation tensor."""
+    while True:
+        node = before_casts(node)
+        if node.target in (aten.slice.Tensor, aten.select.int):
+            return True
+        if node.target not in RESHAPES or not isinstance(node.args[0], Node):
+            return False
+        node = node.args[0]
+
+
+def _viewed(build: Builder, r: Residual) -> Node:
+    if r.view is None:
+        return r.x
+    assert callable(r.view.target)
+    result: Node = build(r.view.target, r.x, *r.view.args[1:], **r.view.kwargs)
+    return result
 
 
 def _shaped(build: Builder, node: Node | None, rows: Node) -> Node | None:
@@ -534,14 +590,15 @@ def _norm(build: Builder, chain: Chain) -> Node:
 
 def _residual_norm(build: Builder, chain: Chain, r: Residual) -> Node:
     affine = (chain.weight, chain.bias) if chain.norm.kind == "layer" else (chain.weight,)
-    gate, scale, shift = (_first(build, o, r.x) for o in (r.gate, chain.scale, chain.shift))
-    sets = _sets(build, r.x, {"gate": r.gate, "scale": chain.scale, "shift": chain.shift})
+    x = _viewed(build, r)
+    gate, scale, shift = (_first(build, o, x) for o in (r.gate, chain.scale, chain.shift))
+    sets = _sets(build, x, {"gate": r.gate, "scale": chain.scale, "shift": chain.shift})
     h, y = value(r.node).dtype, value(chain.end).dtype
     kept = {} if h == value(r.residual).dtype else {"h_dtype": h}
-    kept |= {} if y == value(r.x).dtype else {"out_dtype": y}
+    kept |= {} if y == value(x).dtype else {"out_dtype": y}
     op = RESIDUAL_NORMS[chain.norm.kind][1]
     result: Node = build(
-        op, r.residual, r.x, gate, *affine, scale, shift, chain.norm.eps, **_constant(chain), **kept, **sets
+        op, r.residual, x, gate, *affine, scale, shift, chain.norm.eps, **_constant(chain), **kept, **sets
     )
     return result
 
@@ -607,14 +664,14 @@ class FuseResidualGate:
         if node.target not in (aten.add.Tensor, aten.addcmul.default) or not value(node).is_floating_point():
             return None
         found = _gated_sum(node)
-        if found is None or not self.ancestry.from_input(found[2].whole):
+        if found is None or found.gate is None or not self.ancestry.from_input(found.gate.whole):
             return None
-        residual, x, gate = found
-        other = numbers(before_casts(residual)) if before_casts(residual).target is aten.mul.Tensor else None
-        if other is not None and any(narrow(n, residual) for n in other):
+        other = before_casts(found.residual)
+        if other.target is aten.mul.Tensor and any(narrow(n, other) for n in other.all_input_nodes):
             return None  # x * cos + rotated(x) * sin
-        facts = Residual(_with_cast(node), before_widening(residual), before_widening(x), gate)
-        operands = _operands(facts.x, facts, None)
+        gate = found.gate.chosen_by(found.gate.index, node)
+        facts = replace(found, node=_with_cast(node), gate=gate)
+        operands = _operands(facts.rows, facts, None)
         if error := _misfit(operands):
             return Refusal(node, error)
         if self.auto:
@@ -624,10 +681,11 @@ class FuseResidualGate:
     def rewrite(self, graph: Graph, match: Match) -> None:
         r: Residual = match.facts
         build = Builder(r.node)
+        x = _viewed(build, r)
         dtype = value(r.node).dtype
         kept = {} if dtype == value(r.residual).dtype else {"out_dtype": dtype}
-        sets = _sets(build, r.x, {"gate": r.gate})
-        build.replace(build(RESIDUAL_GATE, r.residual, r.x, _first(build, r.gate, r.x), **kept, **sets))
+        sets = _sets(build, x, {"gate": r.gate})
+        build.replace(build(RESIDUAL_GATE, r.residual, x, _first(build, r.gate, x), **kept, **sets))
 
 
 def _norm_rules(context: Context, settings: Mapping[str, str]) -> list[Rule]:

@@ -56,7 +56,7 @@ def _arguments(node: Node, names: tuple[str, ...], eps: float | None) -> list[An
 
 
 def before_widening(node: Node) -> Node:
-    """What `node` was before it was cast to a wider floating-point type, which loses nothing."""
+    """What `node` was before it was cast from half precision to float32, in which the ops compute anyway."""
     while node.target in CASTS:
         source = node.args[0]
         if not isinstance(source, Node) or not _wider(value(node).dtype, value(source).dtype):
@@ -66,10 +66,7 @@ def before_widening(node: Node) -> Node:
 
 
 def _wider(dtype: torch.dtype, than: torch.dtype) -> bool:
-    if not (dtype.is_floating_point and than.is_floating_point):
-        return False
-    wide, narrow = torch.finfo(dtype), torch.finfo(than)
-    return wide.bits > narrow.bits or dtype == than
+    return dtype == than or (dtype is torch.float32 and than in (torch.bfloat16, torch.float16))
 
 
 def _by_hand(node: Node) -> NormNode | None:
