@@ -32,7 +32,9 @@ def reference(
         h = operands.residual.to(dtype) + h
     if norm == "none":
         return h, h
-    y = h - h.mean(-1, keepdim=True) if norm == "layer" else h
+    y = h
+    for _ in range(2 if norm == "layer" else 0):  # the second time takes the mean's own rounding out again
+        y = y - y.mean(-1, keepdim=True)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     if operands.weight is not None:
         y = y * operands.weight.to(dtype)

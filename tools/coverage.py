@@ -18,8 +18,9 @@ from torch.fx import Graph, GraphModule, Node
 from pvae.backend import REGISTRY, PvaeError, reset
 from pvae.module import CompiledForward, restore
 from pvae.options import parse_options
-from pvae.passes.fuse_modulation import Ancestry, before_casts, constant_plus, narrow, numbers
+from pvae.passes.ancestry import Ancestry
 from pvae.passes.ir import VIEW_OPS, aten, is_tensor, source_line
+from pvae.passes.modulation import before_casts, constant_plus, narrow, numbers
 from pvae.passes.rule import RewriteCounter
 from pvae.report import GraphReport
 from pvae.tools.zoo import Case

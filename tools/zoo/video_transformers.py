@@ -5,14 +5,17 @@ latents: (frames, height, width) after the autoencoder.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
+from pvae.tools.zoo.case import Call, forward
 from pvae.tools.zoo.transformer import Inputs, Sizes, TransformerEntry, latents, text, timestep, tokens
 
-_HEADS = {"num_attention_heads": 4, "attention_head_dim": 12}
+_HEADS: dict[str, object] = {"num_attention_heads": 4, "attention_head_dim": 12}
+_THREE_HEADS: dict[str, object] = {"num_attention_heads": 3, "attention_head_dim": 16}
 _TINY_SIZE = Sizes((3, 4, 6), text=5, batch=2)
 _FULL_SIZE = Sizes((21, 60, 104), text=512)  # 81 frames of 480 x 832
 
@@ -27,6 +30,11 @@ def _mask(sizes: Sizes, length: int | None = None) -> torch.Tensor:
     """`[B, text tokens]` of bool, the last one padding."""
     length = sizes.text if length is None else length
     return (torch.arange(length) < length - 1).expand(sizes.batch, -1)
+
+
+def _many(sizes: Sizes, count: int) -> int:
+    """`count`, but 7 beside a short text, which is a tiny case."""
+    return count if sizes.text > 50 else 7
 
 
 def _rotary(extents: tuple[int, ...], channels: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,6 +69,28 @@ def _common(text_channels: str, scale: float = 1000.0) -> Inputs:
 
 def _masked(model: Any, sizes: Sizes) -> Mapping[str, object]:
     return {"encoder_attention_mask": _mask(sizes)}
+
+
+def _cast_for(path: str) -> Inputs:
+    """No inputs: what the submodule `path` is given takes the dtype of its weights.
+
+    It is the time's sines, which the class makes in float32 and gives to weights that diffusers keeps in float32 when
+    it loads them (Kandinsky), or casts for half precision but not for double (Motif).
+    """
+
+    def inputs(model: Any, sizes: Sizes) -> Mapping[str, object]:
+        def cast(module: nn.Linear, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+            return (args[0].to(module.weight.dtype),)
+
+        model.get_submodule(path).register_forward_pre_hook(cast)
+        return {}
+
+    return inputs
+
+
+def _with_sound(model: Any, inputs: Sequence[torch.Tensor], kwargs: Mapping[str, object]) -> torch.Tensor:
+    """The picture and the sound, `[B, numbers of both]`."""
+    return torch.cat([part.flatten(1) for part in model(*inputs, **kwargs, return_dict=False)], dim=1)
 
 
 # Wan and its kin
@@ -142,7 +172,7 @@ def _hunyuan15(model: Any, sizes: Sizes) -> Mapping[str, object]:
     return {
         "encoder_hidden_states_2": torch.randn(sizes.batch, glyphs, config.text_embed_2_dim),
         "encoder_attention_mask_2": _mask(sizes, glyphs),
-        "image_embeds": torch.randn(sizes.batch, 9 if sizes.text < 100 else 729, config.image_embed_dim),
+        "image_embeds": torch.randn(sizes.batch, _many(sizes, 729), config.image_embed_dim),
     }
 
 
@@ -154,15 +184,15 @@ def _framepack(model: Any, sizes: Sizes) -> Mapping[str, object]:
         taken[f"indices_latents_{name}"] = torch.arange(start, start + frames)
         start += frames
     indices = torch.arange(start, start + sizes.latent[0])
-    picture = torch.randn(sizes.batch, 9 if sizes.text < 100 else 729, model.config.image_proj_dim)
+    picture = torch.randn(sizes.batch, _many(sizes, 729), model.config.image_proj_dim)
     return taken | {"indices_latents": indices, "image_embeds": picture}
 
 
 def _motif(model: Any, sizes: Sizes) -> Mapping[str, object]:
-    return {"image_embeds": torch.randn(sizes.batch, 9, model.config.image_embed_dim)}
+    return {"image_embeds": torch.randn(sizes.batch, _many(sizes, 729), model.config.image_embed_dim)}
 
 
-# LTX
+# LTX and its kin
 
 
 def _ltx(model: Any, sizes: Sizes) -> Mapping[str, object]:
@@ -186,7 +216,7 @@ def _each_token(model: Any, sizes: Sizes) -> Mapping[str, object]:
 
 
 def _ltx2(model: Any, sizes: Sizes) -> Mapping[str, object]:
-    sound = 7 if sizes.text < 100 else 126
+    sound = _many(sizes, 126)
     return {
         "audio_hidden_states": torch.randn(sizes.batch, sound, model.config.audio_in_channels),
         "audio_encoder_hidden_states": text(sizes, model.config.caption_channels),
@@ -218,7 +248,7 @@ def _ofs(model: Any, sizes: Sizes) -> Mapping[str, object]:
 
 def _consisid(model: Any, sizes: Sizes) -> Mapping[str, object]:
     """A face, as a vector and as a vision transformer's tokens at five depths."""
-    config, seen = model.config, 9 if sizes.text < 100 else 577
+    config, seen = model.config, _many(sizes, 577)
     return {
         "id_cond": torch.randn(sizes.batch, config.LFE_id_dim),
         "id_vit_hidden": [torch.randn(sizes.batch, seen, config.LFE_vit_dim) for _ in range(config.LFE_num_scale)],
@@ -253,25 +283,24 @@ def _cosmos_conditioned(model: Any, sizes: Sizes) -> Mapping[str, object]:
     }
 
 
-def _kandinsky(channels: Callable[[Any], int]) -> Inputs:
-    """Channels last, of the noise, a condition and its mask."""
+def _kandinsky(model: Any, sizes: Sizes) -> Mapping[str, object]:
+    """Channels last: the noise's, a condition's and its mask."""
+    config, (frames, height, width) = model.config, sizes.latent
+    return {
+        "hidden_states": torch.randn(sizes.batch, *sizes.latent, 2 * config.in_visual_dim + 1),
+        "encoder_hidden_states": text(sizes, config.in_text_dim),
+        "pooled_projections": torch.randn(sizes.batch, config.in_text_dim2),
+        "timestep": timestep(sizes),
+        "visual_rope_pos": [torch.arange(extent) for extent in (frames, height // 2, width // 2)],
+    }
 
-    def inputs(model: Any, sizes: Sizes) -> Mapping[str, object]:
-        frames, height, width = sizes.latent
-        config = model.config
-        return {
-            "hidden_states": torch.randn(sizes.batch, *sizes.latent, channels(config)),
-            "encoder_hidden_states": text(sizes, config.in_text_dim),
-            "pooled_projections": torch.randn(sizes.batch, config.in_text_dim2),
-            "timestep": timestep(sizes),
-            "visual_rope_pos": [torch.arange(frames), torch.arange(height // 2), torch.arange(width // 2)],
-        }
 
-    return inputs
+def _kandinsky5(model: Any, sizes: Sizes) -> Mapping[str, object]:
+    return {"text_rope_pos": torch.arange(sizes.text)}
 
 
 def _kandinsky6(model: Any, sizes: Sizes) -> Mapping[str, object]:
-    sound = 7 if sizes.text < 100 else 126
+    sound = _many(sizes, 126)
     return {
         "audio_hidden_states": torch.randn(sizes.batch, sound, model.config.in_audio_dim),
         "encoder_attention_mask": _mask(sizes),
@@ -281,7 +310,7 @@ def _kandinsky6(model: Any, sizes: Sizes) -> Mapping[str, object]:
 def _minimax(model: Any, sizes: Sizes) -> Mapping[str, object]:
     """Text, picture and sound in one sequence; the first frame is known, so it has another time than the rest."""
     config, (frames, height, width) = model.config, sizes.latent
-    rows, columns, sound = height // 2, width // 2, 7 if sizes.text < 100 else 126
+    rows, columns, sound = height // 2, width // 2, _many(sizes, 126)
     counts = (sizes.text, frames * rows * columns, sound)
     indices = torch.arange(sum(counts)).split(counts)
     video = torch.cartesian_prod(torch.arange(frames), torch.arange(rows), torch.arange(columns))
@@ -302,6 +331,16 @@ def _minimax(model: Any, sizes: Sizes) -> Mapping[str, object]:
     }
 
 
+def _sana_wm(model: Any, sizes: Sizes) -> Mapping[str, object]:
+    """A time for each frame, 0 for the first. Without `camera_conditions`, which the class takes in float32 on the CPU."""
+    times = timestep(sizes)[:, None, None] * (torch.arange(sizes.latent[0]) > 0)
+    return {
+        "timestep": times.long(),
+        "encoder_hidden_states": text(sizes, model.config.caption_channels)[:, None],
+        "chunk_plucker": _video(model.config.chunk_plucker_channels, sizes),
+    }
+
+
 def _entry(
     cls: str,
     tiny: Mapping[str, object],
@@ -310,98 +349,71 @@ def _entry(
     *blocks: str,
     full_size: Sizes = _FULL_SIZE,
     tiny_size: Sizes = _TINY_SIZE,
+    call: Call = forward,
 ) -> TransformerEntry:
-    return TransformerEntry(cls, tiny, full, inputs, tiny_size, full_size, blocks or ("transformer_blocks",))
+    return TransformerEntry(cls, tiny, full, inputs, tiny_size, full_size, blocks or ("transformer_blocks",), call)
 
 
-_TINY_WAN = _HEADS | {
-    "in_channels": 4,
-    "out_channels": 4,
-    "text_dim": 32,
-    "ffn_dim": 96,
-    "num_layers": 2,
-}
-_TINY_HUNYUAN = _HEADS | {
-    "in_channels": 4,
-    "out_channels": 4,
-    "num_layers": 2,
-    "num_single_layers": 2,
-    "text_embed_dim": 32,
-    "pooled_projection_dim": 24,
-    "rope_axes_dim": (4, 4, 4),
-}
-_FULL_HUNYUAN = {"num_layers": 1, "num_single_layers": 1}
+_TINY_WAN = _HEADS | {"in_channels": 4, "out_channels": 4, "text_dim": 32, "ffn_dim": 96, "num_layers": 2}
+_TINY_PICTURE: dict[str, object] = {"in_channels": 10, "image_dim": 20, "added_kv_proj_dim": 48}
+_FULL_PICTURE: dict[str, object] = {"num_layers": 1, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
+_TINY_HUNYUAN = (
+    _HEADS
+    | {"in_channels": 4, "out_channels": 4, "num_layers": 2, "num_single_layers": 2}
+    | {"text_embed_dim": 32, "pooled_projection_dim": 24, "rope_axes_dim": (4, 4, 4)}
+)
+_FULL_HUNYUAN: dict[str, object] = {"num_layers": 1, "num_single_layers": 1}
 _HUNYUAN_BLOCKS = ("transformer_blocks", "single_transformer_blocks")
 _HUNYUAN_SIZE = Sizes((33, 90, 160), text=256)  # 129 frames of 720 x 1280
-_TINY_LTX = _HEADS | {
-    "in_channels": 8,
-    "out_channels": 8,
-    "cross_attention_dim": 48,
-    "caption_channels": 32,
-    "num_layers": 2,
-}
-_TINY_LTX2 = _TINY_LTX | {
-    "audio_num_attention_heads": 4,
-    "audio_attention_head_dim": 6,
-    "audio_cross_attention_dim": 24,
-    "audio_in_channels": 6,
-    "audio_out_channels": 6,
-}
+_TINY_LTX = (
+    _HEADS
+    | {"in_channels": 8, "out_channels": 8, "cross_attention_dim": 48}
+    | {"caption_channels": 32, "num_layers": 2}
+)
+_TINY_LTX2 = (
+    _TINY_LTX
+    | {"audio_num_attention_heads": 4, "audio_attention_head_dim": 6}
+    | {"audio_cross_attention_dim": 24, "audio_in_channels": 6, "audio_out_channels": 6}
+)
 _LTX_SIZE = Sizes((16, 16, 22), text=128)  # 121 frames of 512 x 704
 _LTX2_SIZE = Sizes((16, 16, 24), text=1024)  # 121 frames of 512 x 768
-_TINY_COGVIDEOX = {
-    "num_attention_heads": 3,
-    "attention_head_dim": 16,
-    "in_channels": 4,
-    "out_channels": 4,
-    "time_embed_dim": 24,
-    "text_embed_dim": 32,
-    "num_layers": 2,
-    "sample_width": 6,
-    "sample_height": 4,
-    "sample_frames": 9,
-    "max_text_seq_length": 5,
-}
+_TINY_COGVIDEOX = (
+    _THREE_HEADS
+    | {"in_channels": 4, "out_channels": 4, "time_embed_dim": 24, "text_embed_dim": 32, "num_layers": 2}
+    | {"sample_width": 6, "sample_height": 4, "sample_frames": 9, "max_text_seq_length": 5}
+)
 _COGVIDEOX_SIZE = Sizes((13, 60, 90), text=226)  # 49 frames of 480 x 720
 _COGVIDEOX15_SIZE = Sizes((22, 96, 170), text=224)  # 81 frames (and the one that makes them even) of 768 x 1360
-_ROTARY = {"use_rotary_positional_embeddings": True}
-_COGVIDEOX15 = _ROTARY | {"patch_size_t": 2, "patch_bias": False}
-_NO_PADDING = {"concat_padding_mask": False}  # one input channel less: with it, the class needs torchvision
+_ROTARY: dict[str, object] = {"use_rotary_positional_embeddings": True}
+_COGVIDEOX15: dict[str, object] = _ROTARY | {"patch_size_t": 2, "patch_bias": False}
+# Version 1 adds learned positions, whose norm torch does not compute in float64 as the class asks. The padding mask,
+# one more input channel, needs torchvision.
+_COSMOS2: dict[str, object] = {"extra_pos_embed_type": None, "concat_padding_mask": False} | {
+    "rope_scale": (1.0, 4.0, 4.0)
+}
 _TINY_COSMOS = (
     _HEADS
-    | {
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_layers": 2,
-        "text_embed_dim": 32,
-        "adaln_lora_dim": 8,
-        "max_size": (4, 8, 8),
-    }
-    | _NO_PADDING
+    | {"in_channels": 4, "out_channels": 4, "num_layers": 2, "text_embed_dim": 32}
+    | {"adaln_lora_dim": 8, "max_size": (4, 8, 8)}
 )
-_COSMOS_SIZE = Sizes((16, 88, 160), text=512)  # 121 frames of 704 x 1280
-_TINY_KANDINSKY = {
-    "in_text_dim": 32,
-    "in_text_dim2": 24,
-    "time_dim": 24,
-    "model_dim": 48,
-    "ff_dim": 96,
-    "num_text_blocks": 2,
-    "num_visual_blocks": 2,
-    "axes_dims": (4, 4, 4),
-    "visual_cond": True,
-}
+_TINY_KANDINSKY: dict[str, object] = (
+    {"in_text_dim": 32, "in_text_dim2": 24, "time_dim": 24, "model_dim": 48, "ff_dim": 96}
+    | {"num_text_blocks": 2, "num_visual_blocks": 2, "axes_dims": (4, 4, 4)}
+    | {"visual_cond": True}
+)
 _KANDINSKY_BLOCKS = ("text_transformer_blocks", "visual_transformer_blocks")
-_TINY_SANA = _HEADS | {
-    "in_channels": 4,
-    "out_channels": 4,
-    "num_layers": 2,
-    "num_cross_attention_heads": 4,
-    "cross_attention_head_dim": 12,
-    "cross_attention_dim": 48,
-    "caption_channels": 32,
-    "sample_size": 6,
-}
+_LATTE: dict[str, object] = (
+    {"in_channels": 4, "out_channels": 8, "num_layers": 2, "patch_size": 2, "attention_bias": True}
+    | {"activation_fn": "gelu-approximate", "norm_type": "ada_norm_single"}
+    | {"norm_elementwise_affine": False, "norm_eps": 1e-6}
+)
+_TINY_SANA = (
+    _HEADS
+    | {"in_channels": 4, "out_channels": 4, "num_layers": 2, "num_cross_attention_heads": 4}
+    | {"cross_attention_head_dim": 12, "cross_attention_dim": 48, "caption_channels": 32}
+    | {"sample_size": 6}
+)
+_SANA_SIZE = Sizes((21, 60, 104), text=300)  # 81 frames of 480 x 832
 _sana = _and(_common("caption_channels"), _masked)
 
 VIDEO_TRANSFORMERS: dict[str, TransformerEntry] = {
@@ -409,8 +421,8 @@ VIDEO_TRANSFORMERS: dict[str, TransformerEntry] = {
     "wan2.1-dit": _entry("WanTransformer3DModel", _TINY_WAN, {"num_layers": 1}, _wan, "blocks"),
     "wan2.1-i2v-dit": _entry(
         "WanTransformer3DModel",
-        _TINY_WAN | {"in_channels": 10, "image_dim": 20, "added_kv_proj_dim": 48},
-        {"num_layers": 1, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+        _TINY_WAN | _TINY_PICTURE,
+        _FULL_PICTURE,
         _and(_wan, _clip),
         "blocks",
     ),
@@ -433,23 +445,15 @@ VIDEO_TRANSFORMERS: dict[str, TransformerEntry] = {
     "wan-animate-dit": _entry(
         "WanAnimateTransformer3DModel",
         _TINY_WAN
-        | {
-            "in_channels": 12,
-            "latent_channels": 4,
-            "image_dim": 20,
-            "added_kv_proj_dim": 48,
-            "motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 8},
-            "motion_encoder_size": 16,
-            "motion_style_dim": 12,
-            "motion_dim": 4,
-            "motion_encoder_dim": 12,
-            "face_encoder_hidden_dim": 16,
-            "face_encoder_num_heads": 2,
-            "inject_face_latents_blocks": 1,
-        },
-        {"num_layers": 2, "added_kv_proj_dim": 5120},
+        | {"in_channels": 12, "latent_channels": 4, "image_dim": 20, "added_kv_proj_dim": 48}
+        | {"motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 8}, "motion_encoder_size": 16}
+        | {"motion_style_dim": 12, "motion_dim": 4, "motion_encoder_dim": 12}
+        | {"face_encoder_hidden_dim": 16, "face_encoder_num_heads": 2}
+        | {"inject_face_latents_blocks": 1},
+        {"num_layers": 2, "added_kv_proj_dim": 5120, "inject_face_latents_blocks": 2},  # of 5, as published
         _and(_wan, _clip, _animate),
         "blocks",
+        "face_adapter",
         full_size=Sizes((21, 90, 160), text=512),
     ),
     "skyreels-v2-dit": _entry(
@@ -471,8 +475,8 @@ VIDEO_TRANSFORMERS: dict[str, TransformerEntry] = {
     ),
     "chronoedit-dit": _entry(
         "ChronoEditTransformer3DModel",
-        _TINY_WAN | {"in_channels": 10, "image_dim": 20, "added_kv_proj_dim": 48},
-        {"num_layers": 1, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+        _TINY_WAN | _TINY_PICTURE,
+        _FULL_PICTURE,
         _and(_wan, _clip),
         "blocks",
         tiny_size=Sizes((2, 4, 6), text=5, batch=2),
@@ -517,15 +521,8 @@ VIDEO_TRANSFORMERS: dict[str, TransformerEntry] = {
     "hunyuan-video1.5-dit": _entry(
         "HunyuanVideo15Transformer3DModel",
         _HEADS
-        | {
-            "in_channels": 9,
-            "out_channels": 4,
-            "num_layers": 2,
-            "text_embed_dim": 32,
-            "text_embed_2_dim": 24,
-            "image_embed_dim": 20,
-            "rope_axes_dim": (4, 4, 4),
-        },
+        | {"in_channels": 9, "out_channels": 4, "num_layers": 2, "text_embed_dim": 32}
+        | {"text_embed_2_dim": 24, "image_embed_dim": 20, "rope_axes_dim": (4, 4, 4)},
         {"num_layers": 1},
         _and(_common("text_embed_dim"), _masked, _hunyuan15),
         full_size=Sizes((31, 45, 80), text=1000),  # 121 frames of 720 x 1280
@@ -533,27 +530,14 @@ VIDEO_TRANSFORMERS: dict[str, TransformerEntry] = {
     "motif-video-dit": _entry(
         "MotifVideoTransformer3DModel",
         _HEADS
-        | {
-            "in_channels": 9,
-            "out_channels": 4,
-            "num_layers": 2,
-            "num_single_layers": 4,
-            "num_decoder_layers": 2,
-            "text_embed_dim": 32,
-            "image_embed_dim": 20,
-            "rope_axes_dim": (4, 4, 4),
-            "enable_text_cross_attention_dual": True,
-            "enable_text_cross_attention_single": True,
-        },
-        {
-            "num_layers": 1,
-            "num_single_layers": 2,
-            "num_decoder_layers": 1,
-            "image_embed_dim": 1152,
-            "enable_text_cross_attention_dual": True,
-            "enable_text_cross_attention_single": True,
-        },
-        _and(_common("text_embed_dim"), _masked, _motif),
+        | {"in_channels": 9, "out_channels": 4, "num_layers": 2, "num_single_layers": 4}
+        | {"num_decoder_layers": 2, "text_embed_dim": 32, "image_embed_dim": 20}
+        | {"rope_axes_dim": (4, 4, 4), "enable_text_cross_attention_dual": True}
+        | {"enable_text_cross_attention_single": True},
+        {"num_layers": 1, "num_single_layers": 2, "num_decoder_layers": 1}
+        | {"image_embed_dim": 1152, "enable_text_cross_attention_dual": True}
+        | {"enable_text_cross_attention_single": True},
+        _and(_common("text_embed_dim"), _masked, _motif, _cast_for("time_text_embed.timestep_embedder.linear_1")),
         *_HUNYUAN_BLOCKS,
         full_size=Sizes((31, 92, 160), text=512),
     ),
@@ -567,7 +551,12 @@ VIDEO_TRANSFORMERS: dict[str, TransformerEntry] = {
         full_size=_LTX_SIZE,
     ),
     "ltx2-dit": _entry(
-        "LTX2VideoTransformer3DModel", _TINY_LTX2, {"num_layers": 1}, _and(_ltx, _ltx2), full_size=_LTX2_SIZE
+        "LTX2VideoTransformer3DModel",
+        _TINY_LTX2,
+        {"num_layers": 1},
+        _and(_ltx, _ltx2),
+        full_size=_LTX2_SIZE,
+        call=_with_sound,
     ),
     "cogvideox-dit": _entry(
         "CogVideoXTransformer3DModel",
@@ -595,199 +584,121 @@ VIDEO_TRANSFORMERS: dict[str, TransformerEntry] = {
         "ConsisIDTransformer3DModel",
         _TINY_COGVIDEOX
         | _ROTARY
-        | {
-            "is_train_face": True,
-            "cross_attn_dim_head": 8,
-            "cross_attn_num_heads": 2,
-            "LFE_id_dim": 20,
-            "LFE_vit_dim": 16,
-            "LFE_depth": 5,
-            "LFE_dim_head": 8,
-            "LFE_num_heads": 2,
-            "LFE_num_id_token": 2,
-            "LFE_num_querie": 3,
-            "LFE_output_dim": 32,
-        },
+        | {"is_train_face": True, "cross_attn_dim_head": 8, "cross_attn_num_heads": 2}
+        | {"LFE_id_dim": 20, "LFE_vit_dim": 16, "LFE_depth": 5, "LFE_dim_head": 8}
+        | {"LFE_num_heads": 2, "LFE_num_id_token": 2, "LFE_num_querie": 3, "LFE_output_dim": 32},
         {"num_layers": 2, "num_attention_heads": 48, "in_channels": 32, "is_train_face": True} | _ROTARY,
         _and(_cogvideox, _cogvideox_rotary, _consisid),
         full_size=_COGVIDEOX_SIZE,
     ),
+    # Its last block gives no text.
     "mochi-dit": _entry(
         "MochiTransformer3DModel",
         _HEADS
-        | {
-            "in_channels": 4,
-            "num_layers": 3,  # the last one gives no text
-            "pooled_projection_dim": 24,
-            "text_embed_dim": 32,
-            "time_embed_dim": 16,
-            "max_sequence_length": 5,
-        },
+        | {"in_channels": 4, "num_layers": 3, "pooled_projection_dim": 24, "text_embed_dim": 32}
+        | {"time_embed_dim": 16, "max_sequence_length": 5},
         {"num_layers": 2},
         _and(_common("text_embed_dim"), _masked),
         full_size=Sizes((28, 60, 106), text=256),  # 163 frames of 480 x 848
     ),
     "allegro-dit": _entry(
         "AllegroTransformer3DModel",
-        {
-            "num_attention_heads": 2,
-            "attention_head_dim": 24,
-            "num_layers": 2,
-            "cross_attention_dim": 48,
-            "sample_height": 4,
-            "sample_width": 6,
-            "sample_frames": 3,
-            "caption_channels": 32,
-        },
+        {"num_attention_heads": 2, "attention_head_dim": 24, "num_layers": 2}
+        | {"cross_attention_dim": 48, "sample_height": 4, "sample_width": 6, "sample_frames": 3}
+        | {"caption_channels": 32},
         {"num_layers": 1},
         _and(_common("caption_channels"), _allegro),
         full_size=Sizes((22, 90, 160), text=512),  # 88 frames of 720 x 1280
     ),
-    "cosmos-dit": _entry(
+    "cosmos2-dit": _entry(
         "CosmosTransformer3DModel",
-        _TINY_COSMOS,
-        {"num_layers": 1} | _NO_PADDING,
+        _TINY_COSMOS | _COSMOS2,
+        {"num_layers": 1, "num_attention_heads": 16} | _COSMOS2,
         _and(_common("text_embed_dim", 1.0), _cosmos),
-        full_size=_COSMOS_SIZE,
+        full_size=Sizes((1, 96, 170), text=512),  # a picture of 768 x 1360
     ),
     "cosmos2-video2world-dit": _entry(
         "CosmosTransformer3DModel",
-        _TINY_COSMOS | {"in_channels": 5, "extra_pos_embed_type": None},
-        {"num_layers": 1, "num_attention_heads": 40, "in_channels": 17, "extra_pos_embed_type": None} | _NO_PADDING,
+        _TINY_COSMOS | _COSMOS2 | {"in_channels": 5},
+        {"num_layers": 1, "num_attention_heads": 40, "in_channels": 17} | _COSMOS2,
         _and(_common("text_embed_dim", 1.0), _cosmos, _cosmos_conditioned),
         full_size=Sizes((24, 88, 160), text=512),  # 93 frames of 704 x 1280
     ),
     "easyanimate-dit": _entry(
         "EasyAnimateTransformer3DModel",
-        {
-            "num_attention_heads": 3,
-            "attention_head_dim": 16,
-            "in_channels": 4,
-            "out_channels": 4,
-            "patch_size": 2,
-            "num_layers": 2,
-            "mmdit_layers": 2,
-            "time_embed_dim": 24,
-            "add_norm_text_encoder": True,
-            "text_embed_dim": 32,
-        },
-        {
-            "in_channels": 16,
-            "out_channels": 16,
-            "patch_size": 2,
-            "num_layers": 1,
-            "mmdit_layers": 1,
-            "add_norm_text_encoder": True,
-        },
+        _THREE_HEADS
+        | {"in_channels": 4, "out_channels": 4, "patch_size": 2, "num_layers": 2, "mmdit_layers": 2}
+        | {"time_embed_dim": 24, "add_norm_text_encoder": True, "text_embed_dim": 32},
+        {"in_channels": 16, "out_channels": 16, "patch_size": 2, "num_layers": 1}
+        | {"mmdit_layers": 1, "add_norm_text_encoder": True},
         _common("text_embed_dim"),
         full_size=Sizes((13, 64, 64), text=256),  # 49 frames of 512 x 512
     ),
-    # 2B lite
+    # 2B, lite
     "kandinsky5-dit": _entry(
         "Kandinsky5Transformer3DModel",
         _TINY_KANDINSKY | {"in_visual_dim": 4, "out_visual_dim": 4},
-        {
-            "in_visual_dim": 16,
-            "out_visual_dim": 16,
-            "model_dim": 1792,
-            "ff_dim": 7168,
-            "num_text_blocks": 1,
-            "num_visual_blocks": 1,
-            "visual_cond": True,
-        },
-        _and(
-            _kandinsky(lambda config: 2 * config.in_visual_dim + 1),
-            lambda model, sizes: {"text_rope_pos": torch.arange(sizes.text)},
-        ),
+        {"in_visual_dim": 16, "out_visual_dim": 16, "model_dim": 1792, "ff_dim": 7168}
+        | {"num_text_blocks": 1, "num_visual_blocks": 1, "visual_cond": True},
+        _and(_kandinsky, _kandinsky5, _cast_for("time_embeddings.in_layer")),
         *_KANDINSKY_BLOCKS,
+        # Queries and keys are rounded to bfloat16 in any dtype, so float64 is far from float32 where a rounding flips:
+        # the fewer tokens, the rarer.
+        tiny_size=Sizes((2, 4, 4), text=5, batch=2),
         full_size=Sizes((31, 64, 96), text=256),  # 121 frames of 512 x 768
     ),
     "kandinsky6-dit": _entry(
         "Kandinsky6Transformer3DModel",
         _TINY_KANDINSKY
-        | {
-            "in_visual_dim": 4,
-            "out_visual_dim": 4,
-            "in_audio_dim": 6,
-            "out_audio_dim": 6,
-            "ca_rope": True,
-            "cross_gates": True,
-            "fix_modulation": True,
-        },
+        | {"in_visual_dim": 4, "out_visual_dim": 4, "in_audio_dim": 6, "out_audio_dim": 6}
+        | {"ca_rope": True, "cross_gates": True, "fix_modulation": True},
         {"num_text_blocks": 1, "num_visual_blocks": 1, "ca_rope": True, "cross_gates": True, "fix_modulation": True},
-        _and(_kandinsky(lambda config: 2 * config.in_visual_dim + 1), _kandinsky6),
+        _and(_kandinsky, _kandinsky6),
         "video_text_transformer_blocks",
         "audio_text_transformer_blocks",
         "visual_transformer_blocks",
         full_size=Sizes((31, 64, 96), text=256),
+        call=_with_sound,
     ),
     "latte-dit": _entry(
         "LatteTransformer3DModel",
-        _HEADS
-        | {
-            "in_channels": 4,
-            "out_channels": 8,
-            "num_layers": 2,
-            "cross_attention_dim": 48,
-            "attention_bias": True,
-            "sample_size": 6,
-            "patch_size": 2,
-            "activation_fn": "gelu-approximate",
-            "norm_type": "ada_norm_single",
-            "norm_elementwise_affine": False,
-            "norm_eps": 1e-6,
-            "caption_channels": 32,
-            "video_length": 3,
-        },
-        {
-            "attention_head_dim": 72,
-            "in_channels": 4,
-            "out_channels": 8,
-            "num_layers": 1,
-            "cross_attention_dim": 1152,
-            "attention_bias": True,
-            "patch_size": 2,
-            "activation_fn": "gelu-approximate",
-            "norm_type": "ada_norm_single",
-            "norm_elementwise_affine": False,
-            "norm_eps": 1e-6,
-            "caption_channels": 4096,
-        },
+        _HEADS | _LATTE | {"cross_attention_dim": 48, "caption_channels": 32, "sample_size": 6, "video_length": 3},
+        _LATTE | {"num_layers": 1, "attention_head_dim": 72, "cross_attention_dim": 1152, "caption_channels": 4096},
         _common("caption_channels"),
         "transformer_blocks",
         "temporal_transformer_blocks",
         full_size=Sizes((16, 64, 64), text=120),
     ),
-    "sana-video-dit": _entry(
-        "SanaVideoTransformer3DModel", _TINY_SANA, {"num_layers": 1}, _sana, full_size=Sizes((21, 60, 104), text=300)
-    ),
+    "sana-video-dit": _entry("SanaVideoTransformer3DModel", _TINY_SANA, {"num_layers": 1}, _sana, full_size=_SANA_SIZE),
     "sana-video-i2v-dit": _entry(
         "SanaVideoTransformer3DModel",
         _TINY_SANA,
         {"num_layers": 1},
         _and(_sana, _known_first_frame),
-        full_size=Sizes((21, 60, 104), text=300),
+        full_size=_SANA_SIZE,
     ),
-    # Text, video and sound in one sequence, each token's scale, shift and gate picked from a table by index.
+    # Scale, shift and gate of each frame. One block in four attends by softmax, in bfloat16 if given float32: none here.
+    "sana-wm-dit": _entry(
+        "SanaWMTransformer3DModel",
+        {"in_channels": 4, "num_layers": 2, "hidden_size": 48, "num_attention_heads": 2}
+        | {"softmax_every_n": 0, "linear_head_dim": 24, "chunk_plucker_channels": 6, "caption_channels": 32},
+        {"num_layers": 2, "softmax_every_n": 2},
+        _and(_sana, _sana_wm),
+        "blocks",
+        full_size=Sizes((21, 22, 40), text=300),  # 161 frames of 704 x 1280
+    ),
+    # Text, picture and sound in one sequence, each token's scale, shift and gate picked from a table by index.
     "minimax-h3-dit": _entry(
         "MiniMaxH3Transformer3DModel",
         _HEADS
-        | {
-            "hidden_size": 48,
-            "num_layers": 2,
-            "ffn_dim": 96,
-            "in_channels": 4,
-            "audio_in_channels": 6,
-            "text_dim": 32,
-            "freq_dim": 16,
-            "time_embed_hidden_dim": 32,
-            "time_embed_dim": 24,
-            "rope_freq_dim": 2,
-        },
+        | {"hidden_size": 48, "num_layers": 2, "ffn_dim": 96, "in_channels": 4}
+        | {"audio_in_channels": 6, "text_dim": 32, "freq_dim": 16, "time_embed_hidden_dim": 32}
+        | {"time_embed_dim": 24, "rope_freq_dim": 2},
         {"num_layers": 1, "num_refiner_layers": 1},
         _minimax,
         "transformer_blocks",
         "token_refiner.refiner_blocks",
         full_size=Sizes((16, 48, 80), text=256),
+        call=_with_sound,
     ),
 }
