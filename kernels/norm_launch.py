@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.kernels.norm_config import MAX_CHANNELS, Config, Work, choose
+from pvae.kernels.norm_config import MAX_CHANNELS, Config, Work, by_rule
 from pvae.kernels.norm_layout import TWINS, Layout, Memory, Operands, check, find_layout
 from pvae.kernels.norm_reference import reference
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INDEXES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+GRID_LIMIT = 65535  # of a launch's second and third dimension
 STRIDED = ("x", "residual", "gate", "scale", "shift", "select")  # in the order of the kernel's integers
 
 log = logging.getLogger(__name__)
@@ -32,22 +33,31 @@ class Plan:
     """One kind of launch: `kernel[grid](*tensors, *integers, eps, scale_constant, **constants)`."""
 
     grid: tuple[int, int, int]
-    integers: tuple[int, ...]
+    integers: tuple[int | None, ...]  # None where the kernel needs none
     constants: dict[str, Any]  # the kernel's compile-time arguments in their order, then num_warps
-    compiled: Any = (
-        None  # what Triton made of it for tensors aligned to 16 bytes; its launch costs a fraction of the first
-    )
+    compiled: Any = None  # what Triton made of it for tensors that begin at multiples of 16 bytes
     constexprs: tuple[Any, ...] = ()
 
     def launch(self, tensors: tuple[Tensor | None, ...], eps: float, scale_constant: float) -> None:
-        aligned = all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
-        if aligned and self.compiled is not None:
-            self.compiled[self.grid](*tensors, *self.integers, eps, scale_constant, *self.constexprs)
+        """Triton's own launch looks at every argument and calls its hooks; that of a compiled kernel costs a third."""
+        aligned = True
+        for tensor in tensors:
+            if tensor is not None and tensor.data_ptr() % 16:
+                aligned = False
+        compiled = self.compiled
+        if aligned and compiled is not None:
+            driver = _driver()
+            stream = driver.get_current_stream(driver.get_current_device())
+            compiled.run(
+                *self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
+                *tensors, *self.integers, eps, scale_constant, *self.constexprs,
+            )  # fmt: skip
             return
-        compiled = _kernel()[self.grid](*tensors, *self.integers, eps, scale_constant, **self.constants)
+        constants = self.constants | {"ALIGNED": aligned}
+        compiled = _kernel()[self.grid](*tensors, *self.integers, eps, scale_constant, **constants)
         if aligned:
             self.compiled = compiled  # None under the interpreter
-            self.constexprs = tuple(v for name, v in self.constants.items() if name != "num_warps")
+            self.constexprs = tuple(v for name, v in constants.items() if name != "num_warps")
 
 
 def run(
@@ -68,8 +78,8 @@ def run(
             None if h_dtype is None else h.to(h_dtype).contiguous(),
             None if y_dtype is None else y.to(y_dtype).contiguous(),
         )
-    h = None if h_dtype is None else torch.empty(x.shape, dtype=h_dtype, device=x.device)
-    y = None if y_dtype is None else torch.empty(x.shape, dtype=y_dtype, device=x.device)
+    h = None if h_dtype is None else x.new_empty(x.shape, dtype=h_dtype)
+    y = None if y_dtype is None else x.new_empty(x.shape, dtype=y_dtype)
     if plan.grid[0]:
         device = x.device.index
         if device is None or device == torch.accelerator.current_device_index():
@@ -110,6 +120,13 @@ def _kernel() -> Any:
     from pvae.kernels.norm_kernel import norm_kernel  # Triton is imported by the first launch only
 
     return norm_kernel
+
+
+@functools.cache
+def _driver() -> Any:
+    from triton.runtime import driver
+
+    return driver.active
 
 
 @functools.cache
@@ -187,38 +204,35 @@ def make_plan(
     for first, second in TWINS:
         if second in layout.operands and layout.operands[first] != layout.operands[second]:
             return f"{first} and {second} lie differently in memory"
+        one, two = getattr(operands, first), getattr(operands, second)
+        if two is not None and one.dtype != two.dtype:
+            return f"{first} is {one.dtype} and {second} is {two.dtype}"
     for name in ("x", "residual"):
         if name in layout.operands and layout.operands[name].kind not in ("row", "batch"):
             return f"the rows of {name} are not evenly spaced"
-    config = config or choose(_work(norm, operands, layout, lanes))
+    config = config or by_rule(_work(operands, layout, lanes))
     return _planned(norm, operands, layout, config)
 
 
-def form_of(norm: str, operands: Operands) -> str:
-    """The key of a measured configuration (norm_config.Work)."""
-    form = "gate" if norm == "none" else "norm" if operands.residual is None else "residual"
-    return form if operands.select is None else f"{form}_select"
-
-
-def work_of(norm: str, operands: Operands) -> Work:
+def work_of(operands: Operands) -> Work:
     """What the choice of a configuration looks at, for operands that the kernel takes."""
     layout = find_layout(operands)
     assert not isinstance(layout, str), layout
-    return _work(norm, operands, layout, 32)
+    return _work(operands, layout, 32)
 
 
-def _work(norm: str, operands: Operands, layout: Layout, lanes: int) -> Work:
-    x = operands.x
-    return Work(form_of(norm, operands), x.shape[-1], x.itemsize, layout.batches * layout.rows, layout.rows, lanes)
+def _work(operands: Operands, layout: Layout, lanes: int) -> Work:
+    channels, rows = operands.x.shape[-1], layout.batches * layout.rows
+    return Work(channels, rows, layout.rows, operands.residual is not None, lanes)
 
 
 def _planned(norm: str, operands: Operands, layout: Layout, config: Config) -> Plan:
     x = operands.x
     none = Memory("batch", 0, 0)
     memory = [layout.operands.get(name, none) for name in STRIDED]
-    strides = [s for m in memory for s in (m.batch, m.row)]
-    align = math.gcd(16, *strides[:-2])  # not of select, the last
-    programs = 0 if x.numel() == 0 else layout.batches * -(-layout.rows // (config.rows * config.tiles))
+    align = math.gcd(16, *(s for m in memory[:-1] for s in (m.batch, m.row)))  # not of select, the last
+    rounds = -(-layout.batches // GRID_LIMIT)
+    grid = (0 if x.numel() == 0 else -(-layout.rows // config.rows), -(-layout.batches // max(1, rounds)), rounds)
     fp32 = x.dtype == torch.float32 or (operands.residual is not None and operands.residual.dtype == torch.float32)
     constants = {
         "C": x.shape[-1],
@@ -226,13 +240,19 @@ def _planned(norm: str, operands: Operands, layout: Layout, config: Config) -> P
         "COMPENSATE": fp32 and norm == "layer",
         **{name.upper(): m.kind for name, m in zip(STRIDED, memory, strict=True)},
         "ALIGN": align,
+        "ALIGNED": True,
         "BLOCK": config.block,
         "ROWS": config.rows,
-        "TILES": config.tiles,
-        "STAGES": config.stages,
-        "HOIST": config.hoist,
-        "EVICT": config.evict,
+        "EARLY": config.early,
         "num_warps": config.warps,
     }
-    integers = (layout.rows, layout.group, *(s // align for s in strides[:-2]), *strides[-2:])
-    return Plan((programs, 1, 1), integers, constants)
+    batched = layout.batches > 1
+    integers = [
+        layout.batches if rounds > 1 else None,
+        layout.rows if batched or config.rows > 1 else None,
+        layout.group if layout.group > 1 else None,
+    ]
+    for name, m in zip(STRIDED, memory, strict=True):
+        unit = 1 if name == "select" else align
+        integers += [m.batch // unit if batched else None, None if m.kind == "batch" else m.row // unit]
+    return Plan(grid, tuple(integers), constants)

@@ -16,10 +16,11 @@ from torch import Tensor
 from pvae.kernels.norm_launch import run
 from pvae.kernels.norm_launch import supports as norm_supports
 from pvae.kernels.norm_layout import Operands
+from pvae.kernels.norm_op import functional_op
 from pvae.kernels.norm_reference import reference as norm_reference
 
 
-@torch.library.custom_op("pvae::residual_gate", mutates_args=())
+@functional_op
 def residual_gate(
     residual: Tensor,
     x: Tensor,
@@ -35,7 +36,7 @@ def residual_gate(
     return h
 
 
-@residual_gate.register_fake
+@torch.library.register_fake("pvae::residual_gate")
 def _(
     residual: Tensor,
     x: Tensor,
@@ -54,3 +55,5 @@ def reference(operands: Operands, out_dtype: torch.dtype | None = None) -> Tenso
 
 
 supports = functools.partial(norm_supports, "none")  # (Operands) -> why the kernel does not take them, or None
+
+OP = residual_gate

@@ -18,10 +18,11 @@ from torch import Tensor
 from pvae.kernels.norm_launch import run
 from pvae.kernels.norm_launch import supports as norm_supports
 from pvae.kernels.norm_layout import Operands
+from pvae.kernels.norm_op import functional_op
 from pvae.kernels.norm_reference import reference as norm_reference
 
 
-@torch.library.custom_op("pvae::residual_gate_rms_norm_modulate", mutates_args=())
+@functional_op
 def residual_gate_rms_norm_modulate(
     residual: Tensor,
     x: Tensor,
@@ -48,7 +49,7 @@ def residual_gate_rms_norm_modulate(
     return h, y
 
 
-@residual_gate_rms_norm_modulate.register_fake
+@torch.library.register_fake("pvae::residual_gate_rms_norm_modulate")
 def _(
     residual: Tensor,
     x: Tensor,
@@ -82,3 +83,5 @@ def reference(
 
 
 supports = functools.partial(norm_supports, "rms")  # (Operands) -> why the kernel does not take them, or None
+
+OP = residual_gate_rms_norm_modulate

@@ -20,10 +20,11 @@ from torch import Tensor
 from pvae.kernels.norm_launch import run
 from pvae.kernels.norm_launch import supports as norm_supports
 from pvae.kernels.norm_layout import Operands
+from pvae.kernels.norm_op import functional_op
 from pvae.kernels.norm_reference import reference as norm_reference
 
 
-@torch.library.custom_op("pvae::rms_norm_modulate", mutates_args=())
+@functional_op
 def rms_norm_modulate(
     x: Tensor,
     weight: Tensor | None,
@@ -43,7 +44,7 @@ def rms_norm_modulate(
     return y
 
 
-@rms_norm_modulate.register_fake
+@torch.library.register_fake("pvae::rms_norm_modulate")
 def _(
     x: Tensor,
     weight: Tensor | None,
@@ -67,3 +68,5 @@ def reference(
 
 
 supports = functools.partial(norm_supports, "rms")  # (Operands) -> why the kernel does not take them, or None
+
+OP = rms_norm_modulate

@@ -17,15 +17,8 @@ from pvae.kernels.norm_layout import MODULATION, Operands, shape_error
 from pvae.passes.ir import Builder, aten, static, value
 from pvae.passes.modulation import Chain, Operand, Residual
 
-NORMS = {
-    "layer": (_layer, torch.ops.pvae.layer_norm_modulate.default),
-    "rms": (_rms, torch.ops.pvae.rms_norm_modulate.default),
-}
-RESIDUAL_NORMS = {
-    "layer": (_residual_layer, torch.ops.pvae.residual_gate_layer_norm_modulate.default),
-    "rms": (_residual_rms, torch.ops.pvae.residual_gate_rms_norm_modulate.default),
-}
-RESIDUAL_GATE = torch.ops.pvae.residual_gate.default
+NORMS: Mapping[str, Any] = {"layer": _layer, "rms": _rms}
+RESIDUAL_NORMS: Mapping[str, Any] = {"layer": _residual_layer, "rms": _residual_rms}
 TRITON_DEVICES = ("cuda", "xpu")  # "cuda" is ROCm too
 
 
@@ -78,7 +71,7 @@ def norm_op(build: Builder, chain: Chain) -> Node:
     dtype = value(chain.end).dtype
     kept = {} if dtype == value(x).dtype else {"out_dtype": dtype}
     result: Node = build(
-        NORMS[chain.norm.kind][1], x, *affine, scale, shift, chain.norm.eps, **_constant(chain), **kept, **chosen
+        NORMS[chain.norm.kind].OP, x, *affine, scale, shift, chain.norm.eps, **_constant(chain), **kept, **chosen
     )
     return result
 
@@ -92,7 +85,7 @@ def residual_norm_op(build: Builder, chain: Chain, r: Residual) -> Node:
     h, y = value(r.node).dtype, value(chain.end).dtype
     kept = {} if h == value(r.residual).dtype else {"h_dtype": h}
     kept |= {} if y == value(x).dtype else {"out_dtype": y}
-    op = RESIDUAL_NORMS[chain.norm.kind][1]
+    op = RESIDUAL_NORMS[chain.norm.kind].OP
     result: Node = build(
         op, r.residual, x, gate, *affine, scale, shift, chain.norm.eps, **_constant(chain), **kept, **chosen
     )
@@ -105,7 +98,7 @@ def residual_gate_op(build: Builder, r: Residual) -> Node:
     dtype = value(r.node).dtype
     kept = {} if dtype == value(r.residual).dtype else {"out_dtype": dtype}
     gates = _sets(build, x, {"gate": r.gate})
-    result: Node = build(RESIDUAL_GATE, r.residual, x, _first_set(build, r.gate, x), **kept, **gates)
+    result: Node = build(_gate.OP, r.residual, x, _first_set(build, r.gate, x), **kept, **gates)
     return result
 
 
@@ -154,7 +147,7 @@ def against(operands: Operands, chain: Chain | None, residual: Residual | None) 
         return None  # decided call by call, by the op
     module: Any = _gate
     if chain is not None:
-        module = (NORMS if residual is None else RESIDUAL_NORMS)[chain.norm.kind][0]
+        module = (NORMS if residual is None else RESIDUAL_NORMS)[chain.norm.kind]
     h = None if residual is None else value(residual.node).dtype
     y = None if chain is None else value(chain.end).dtype
     with torch.utils._python_dispatch._disable_current_modes():

@@ -42,7 +42,8 @@ class Coverage:
     refused: Counter[str] = field(default_factory=Counter)  # reason -> how often
     unseen: list[str] = field(default_factory=list)  # source lines
     why_graphs: str = ""
-    nodes: set[str] = field(default_factory=set)  # of the refusals
+    nodes: set[str] = field(default_factory=set, repr=False)  # of the refusals
+    output: Any = field(default=None, repr=False)  # of the rewritten model
 
     @property
     def chains(self) -> int:
@@ -70,7 +71,8 @@ def cover(case: Case, options: Mapping[str, str]) -> Coverage:
 
 def _as_one_graph(case: Case, options: Mapping[str, str], found: Coverage) -> None:
     model = case.model
-    forward = CompiledForward(model, found.cls, parse_options(options), RewriteCounter())
+    strict = parse_options({**options, "strict": "on"})  # what would run eagerly is an error here
+    forward = CompiledForward(model, found.cls, strict, RewriteCounter())
     weights = frozenset(re.sub(r"\W", "_", name) for name, _ in model.named_parameters())
     left: list[tuple[str, str]] = []
 
@@ -81,7 +83,7 @@ def _as_one_graph(case: Case, options: Mapping[str, str], found: Coverage) -> No
     forward.observe = observe
     model.forward = forward
     try:
-        case.run()
+        found.output = case.run()
     finally:
         restore(model)
     _count([program.report for program in forward.programs], found)
@@ -91,7 +93,7 @@ def _as_one_graph(case: Case, options: Mapping[str, str], found: Coverage) -> No
 def _by_dynamo(case: Case, options: Mapping[str, str], found: Coverage) -> None:
     torch._dynamo.reset()
     reset()
-    case.run(torch.compile(case.model, backend="pvae", options=dict(options)))
+    found.output = case.run(torch.compile(case.model, backend="pvae", options=dict(options)))
     _count(REGISTRY.find(None).graphs, found)
 
 

@@ -50,7 +50,7 @@ def test_every_form(channels: int, norm: str, dtype: torch.dtype) -> None:
 def test_every_candidate() -> None:
     for channels, select in itertools.product((512, 1536, 5120), (False, True)):
         operands = examples((2, 1000, channels), torch.bfloat16, residual=True, select=select, device="cuda")
-        for config in candidates(work_of("layer", operands)):
+        for config in candidates(work_of(operands)):
             assert not isinstance(make_plan("layer", operands, None, None, config), str)
             check("layer", operands, torch.bfloat16, config=config)
 

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pvae.kernels import norm_launch
 from pvae.kernels.norm_config import Config
 from pvae.kernels.norm_examples import FORMS, examples
 from pvae.kernels.norm_launch import refusal, run
@@ -32,10 +33,7 @@ configs = st.builds(
     warps=st.just(4),
     block=st.sampled_from((16, 64, 256)),
     rows=st.sampled_from((1, 2, 4)),
-    tiles=st.sampled_from((1, 2, 3)),
-    stages=st.sampled_from((1, 2)),
-    hoist=st.booleans(),
-    evict=st.sampled_from(("", "evict_first")),
+    early=st.booleans(),
 )
 
 
@@ -158,6 +156,14 @@ def test_modulation_that_broadcasts_along_any_dimensions(shape: tuple[int, ...])
             check("layer", operands, None, torch.float32, None)
         else:
             assert keep in (0b0101, 0b1010)  # four separate leading dimensions
+
+
+def test_more_batch_entries_than_a_grid_dimension_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norm_launch, "GRID_LIMIT", 3)
+    operands = examples((7, 2, 24), torch.float32, residual=True, select=True)
+    check("layer", operands, torch.float32, torch.float32, Config(4, 16))  # a configuration that no plan is kept for
+    plan = norm_launch.make_plan("layer", operands, torch.float32, torch.float32)
+    assert isinstance(plan, norm_launch.Plan) and plan.grid == (2, 3, 3)
 
 
 def test_no_rows() -> None:

@@ -53,6 +53,7 @@ def assembly(norm: str, operands: Operands, target: GPUTarget, config: Config | 
     constants = dict(plan.constants)
     warps = constants.pop("num_warps")
     dtypes = {name: None if t is None else t.dtype for name, t in operands._asdict().items()} | {"h": h, "y": y}
+    numbers = dict(zip(INTEGERS, plan.integers, strict=True))
     signature, attributes = {}, {}
     for position, name in enumerate(norm_kernel.arg_names):
         if name in constants:
@@ -62,8 +63,11 @@ def assembly(norm: str, operands: Operands, target: GPUTarget, config: Config | 
         elif name in dtypes:
             signature[name] = POINTERS[dtypes[name]]
             attributes[(position,)] = [["tt.divisibility", 16]]
+        elif name in INTEGERS:
+            signature[name] = "i32" if numbers[name] is not None else "constexpr"
+            constants |= {name: None} if numbers[name] is None else {}
         else:
-            signature[name] = "i32" if name in INTEGERS else "fp32"
+            signature[name] = "fp32"
     source = ASTSource(fn=norm_kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=target, options={"num_warps": warps})
     return compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
@@ -94,7 +98,7 @@ def test_compiles(use: str, target: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_in_other_cuts(target: str) -> None:
     warps = 128 // TARGETS[target].warp_size
-    for config in (Config(warps, 1024, 1, 4, 2, True), Config(warps, 256, 2, 2, 1, False, ""), Config(warps, 2048)):
+    for config in (Config(warps, 1024, early=False), Config(warps, 256, 2), Config(warps, 2048)):
         operands = examples((1, 64, 1536), FP32, residual=True, select=True, mod_dtype=BF16)
         assert assembly("layer", operands, TARGETS[target], config)
 
@@ -111,6 +115,18 @@ def test_loads_are_sixteen_bytes_wide_and_nothing_spills() -> None:
     assert "load_dwordx4" in gcn
 
 
-def test_a_hidden_size_that_8_but_not_16_divides_still_loads_sixteen_bytes() -> None:
-    ptx = assembly("layer", examples((1, 64, 3080), BF16), TARGETS["cuda:90"])
-    assert set(re.findall(r"ld\.global\S*?\.(v\d\.b\d+|b\d+)\b", ptx)) == {"v4.b32"}
+@pytest.mark.parametrize("form", ["slice", "sample", "row_slice"])
+@pytest.mark.parametrize("select", [False, True])
+def test_a_hidden_size_that_8_but_not_16_divides_still_loads_sixteen_bytes(select: bool, form: str) -> None:
+    ptx = assembly("layer", examples((1, 64, 3080), BF16, form=form, select=select), TARGETS["cuda:90"])
+    widths = re.findall(r"ld\.global\S*?\.(v\d\.b\d+|b\d+)\b", ptx)
+    assert set(widths) == ({"v4.b32", "b64"} if select else {"v4.b32"}) and widths.count("b64") == select
+
+
+def test_of_two_sets_only_one_is_loaded() -> None:
+    plain, select = (
+        assembly("layer", examples((1, 64, 5120), BF16, residual=True, select=s), TARGETS["cuda:90"], Config(4, 1024))
+        for s in (False, True)
+    )
+    loads = [len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)) for ptx in (plain, select)]
+    assert loads == [25, 25]

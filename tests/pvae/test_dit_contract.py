@@ -1,0 +1,59 @@
+"""Every transformer of the zoo with its modulation chains fused: within the contract, and as docs/coverage.md says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from pvae.testing import agreement
+from pvae.tools.coverage import cover
+from pvae.tools.zoo import load, names
+
+TABLE = (Path(__file__).parents[2] / "docs" / "coverage.md").read_text()
+FUSED = {"engine": "eager", "modulation": "on"}
+every_model = pytest.mark.parametrize("name", names("transformer"))
+
+
+def test_the_table_is_of_this_zoo() -> None:
+    rows = re.findall(r"^\| (\S+) \| \w+ \| (?:forward|graphs) ", TABLE, re.MULTILINE)
+    assert rows == list(names("transformer"))
+    chains, fused = map(int, re.search(r"classes: (\d+) chains, (\d+) fused", TABLE).groups())  # type: ignore[union-attr]
+    assert fused >= 0.95 * chains
+
+
+@every_model
+def test_half_and_single(name: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        case = load(name, dtype=dtype)
+        eager, reference = case.run(), case.cast(torch.float64).run()
+        found = cover(case, FUSED)
+        close = agreement(found.output, eager, reference)
+        assert close.ok, str(close)
+        if dtype is torch.float32:
+            counts = f"{found.chains} | {found.fused} | {sum(found.refused.values())} | {len(found.unseen)} |"
+            row = f"| {name} | {found.cls} | {found.scope} | {counts}"
+            assert row in TABLE, f"docs/coverage.md is old (pvae coverage --out docs/coverage.md): {row}"
+
+
+class NoFloat32(TorchFunctionMode):
+    """Casts to float32 go to float64: many norms are computed in float32 whatever the model's dtype."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is torch.Tensor.float:
+            return args[0].double()
+        wide = [torch.float64 if a is torch.float32 else a for a in args]
+        return func(*wide, **{k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()})
+
+
+@pytest.mark.parametrize("name", ("wan2.1-dit", "flux-dit", "qwen-image-edit-dit", "sd3.5-dit", "lumina-next-dit"))
+def test_double(name: str) -> None:
+    """To 1e-12, where rounding cannot hide a mistake."""
+    case = load(name, dtype=torch.float64)
+    with NoFloat32():
+        eager = case.run()
+        close = agreement(cover(case, FUSED).output, eager, eager)
+    assert close.ok, str(close)
