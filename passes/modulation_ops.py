@@ -14,7 +14,7 @@ from pvae.kernels import residual_gate_layer_norm_modulate as _residual_layer
 from pvae.kernels import residual_gate_rms_norm_modulate as _residual_rms
 from pvae.kernels import rms_norm_modulate as _rms
 from pvae.kernels.norm_layout import MODULATION, Operands, shape_error
-from pvae.passes.ir import Builder, aten, static, value
+from pvae.passes.ir import Builder, aten, known, static, value
 from pvae.passes.modulation import Chain, Operand, Residual
 
 NORMS: Mapping[str, Any] = {"layer": _layer, "rms": _rms}
@@ -22,17 +22,44 @@ RESIDUAL_NORMS: Mapping[str, Any] = {"layer": _residual_layer, "rms": _residual_
 TRITON_DEVICES = ("cuda", "xpu")  # "cuda" is ROCm too
 
 
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the channels of a row lie side by side."""
+    return tensor.dim() == 0 or known(tensor.shape[-1] == 1) or known(tensor.stride(-1) == 1)
+
+
+def dense(node: Node) -> Node:
+    """`node` with the channels of a row side by side in memory, as the kernels need it.
+
+    Tokens made by `conv(x).flatten(2).transpose(1, 2)` are not, and what is added to them keeps their strides. The copy is
+    made once, where the tensor is made, and all that reads it reads the copy.
+    """
+    if _is_dense(value(node)):
+        return node
+    for user in node.users:
+        if user.target is aten.contiguous.default:
+            return user
+    anchor = node.next
+    while anchor.op == "placeholder":
+        anchor = anchor.next
+    copy: Node = Builder(anchor)(aten.contiguous.default, node)
+    node.replace_all_uses_with(copy, delete_user_cb=lambda user: user is not copy and user.op != "output")
+    return copy
+
+
 def _viewed(build: Builder, r: Residual) -> Node:
     if r.view is None:
-        return r.x
+        return dense(r.x)
     assert callable(r.view.target)
     result: Node = build(r.view.target, r.x, *r.view.args[1:], **r.view.kwargs)
-    return result
+    return dense(result)
 
 
 def _shaped(build: Builder, node: Node | None, rows: Node) -> Node | None:
     """An operand [L, C] of rows [B, L, C] as [1, L, C]: two dimensions mean one vector a sample to the ops."""
-    if node is None or value(node).dim() != 2 or value(rows).dim() <= 2:
+    if node is None:
+        return None
+    node = dense(node)
+    if value(node).dim() != 2 or value(rows).dim() <= 2:
         return node
     result: Node = build(aten.unsqueeze.default, node, 0)
     return result
@@ -65,6 +92,7 @@ def norm_op(build: Builder, chain: Chain) -> Node:
     for view in chain.views:
         assert callable(view.target)
         x = build(view.target, x, *view.args[1:], **view.kwargs)
+    x = dense(x)
     affine = (chain.weight, chain.bias) if chain.norm.kind == "layer" else (chain.weight,)
     scale, shift = _first_set(build, chain.scale, x), _first_set(build, chain.shift, x)
     chosen = _sets(build, x, {"scale": chain.scale, "shift": chain.shift})
@@ -87,7 +115,7 @@ def residual_norm_op(build: Builder, chain: Chain, r: Residual) -> Node:
     kept |= {} if y == value(x).dtype else {"out_dtype": y}
     op = RESIDUAL_NORMS[chain.norm.kind].OP
     result: Node = build(
-        op, r.residual, x, gate, *affine, scale, shift, chain.norm.eps, **_constant(chain), **kept, **chosen
+        op, dense(r.residual), x, gate, *affine, scale, shift, chain.norm.eps, **_constant(chain), **kept, **chosen
     )
     return result
 
@@ -98,15 +126,21 @@ def residual_gate_op(build: Builder, r: Residual) -> Node:
     dtype = value(r.node).dtype
     kept = {} if dtype == value(r.residual).dtype else {"out_dtype": dtype}
     gates = _sets(build, x, {"gate": r.gate})
-    result: Node = build(_gate.OP, r.residual, x, _first_set(build, r.gate, x), **kept, **gates)
+    result: Node = build(_gate.OP, dense(r.residual), x, _first_set(build, r.gate, x), **kept, **gates)
     return result
+
+
+def _as_dense(node: Node) -> torch.Tensor:
+    """The fake value of `dense(node)`."""
+    tensor: torch.Tensor = value(node)
+    return tensor if _is_dense(tensor) else tensor.contiguous()
 
 
 def _as_operand(operand: Node | None, rows: Node) -> torch.Tensor | None:
     """The fake value of a modulation operand in the shape in which the op gets it."""
     if operand is None:
         return None
-    tensor: torch.Tensor = value(operand)
+    tensor = _as_dense(operand)
     return tensor.unsqueeze(0) if tensor.dim() == 2 and value(rows).dim() > 2 else tensor
 
 
@@ -118,8 +152,8 @@ def operands_of(rows: Node, residual: Residual | None, chain: Chain | None) -> O
     if index is not None and index.dim() == value(rows).dim():
         index = index.squeeze(-1)
     return Operands(
-        x=value(rows),
-        residual=None if residual is None else value(residual.residual),
+        x=_as_dense(rows),
+        residual=None if residual is None else _as_dense(residual.residual),
         weight=None if chain is None or chain.weight is None else value(chain.weight),
         bias=None if chain is None or chain.bias is None else value(chain.bias),
         select=index,

@@ -704,3 +704,22 @@ def test_through_the_public_helper() -> None:
     args = [TENSORS[n] for n in ("x", "s", "t")]
     expected = lambda x, s, t: (layer_op(x, None, None, s, t, EPS),)  # noqa: E731
     assert_rewrites_to(ALIKE["1 + s"], expected, *args, passes=PASSES, options=ON)
+
+
+def test_rows_that_are_transposed_are_copied_once() -> None:
+    """Tokens from `conv(x).flatten(2).transpose(1, 2)`: the norm and the residual behind it share one copy."""
+
+    def before(x: Tensor, y: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = x.transpose(1, 2)
+        first = ln(tokens) * (1 + s) + t
+        return first, ln(tokens + s * y) * (1 + t) + s
+
+    def expected(x, y, s, t):  # type: ignore[no-untyped-def]
+        tokens = torch.ops.aten.contiguous.default(torch.ops.aten.transpose.int(x, 1, 2))
+        first = layer_op(tokens, None, None, s, t, EPS)
+        pair = torch.ops.pvae.residual_gate_layer_norm_modulate.default(tokens, y, s, None, None, t, s, EPS)
+        return first, operator.getitem(pair, 1)
+
+    x, y = torch.randn(2, 8, 6), torch.randn(2, 6, 8)
+    s, t = torch.randn(2, 1, 8), torch.randn(2, 1, 8)
+    assert_rewrites_to(before, expected, x, y, s, t, passes=PASSES, options=ON)
