@@ -44,6 +44,10 @@ from pvae.passes.norm_node import NormNode
 from pvae.passes.rule import Context, Match, Pass, Refusal, Rule
 
 GATHERS = frozenset({aten.cat.default, aten.index_select.default, aten.index.Tensor})
+
+# What `auto` does, and why (one H200, bf16, docs/measurements.md). A chain with a norm is fused wherever the kernel takes it:
+# light kernels of a block, Inductor -> fused: Wan 14B 3.54 -> 3.09 ms, Qwen-Image 0.446 -> 0.388, Flux 0.252 -> 0.214 and
+# 0.162 -> 0.148. A gated residual alone is Inductor's: as an op of its own it changed 0.379 to 0.381 and 0.219 to 0.218 ms.
 POINTWISE = "Inductor writes a pointwise chain in one pass too (modulation=on forces)"
 
 

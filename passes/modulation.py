@@ -172,7 +172,7 @@ def keeps_channels(view: Node) -> bool:
         return False
     last = value(source).dim() - 1
     if view.target is aten.permute.default:
-        return list(view.args[1])[-1] in (last, -1)  # type: ignore[arg-type]
+        return list(view.args[1])[-1] in (last, -1)
     if view.target in (aten.slice.Tensor, aten.select.int, aten.transpose.int):
         dims = view.args[1:3] if view.target is aten.transpose.int else view.args[1:2]
         return all(isinstance(d, int) and d % (last + 1) != last for d in dims)
@@ -203,7 +203,7 @@ def residual_of(x: Node) -> Residual | None:
     """x as residual + gate * y or residual + y, both of the size of x; None if it is neither."""
     casts = [x]
     while is_cast(casts[-1]):
-        casts.append(casts[-1].args[0])  # type: ignore[arg-type]
+        casts.append(casts[-1].args[0])
     total = casts.pop()
     node = total
     while len(node.users) == 1 and casts:  # the sum is seen by this cast only
@@ -226,7 +226,7 @@ def gated_sum(node: Node) -> Residual | None:
         for residual, product in (pair, pair[::-1]):
             product, view = before_casts(product), None
             if product.target in RESHAPES and len(product.users) == 1 and keeps_channels(product):
-                view, product = product, before_casts(product.args[0])  # type: ignore[arg-type]
+                view, product = product, before_casts(product.args[0])
             if product.target is aten.mul.Tensor and len(product.users) == 1 and numbers(product):
                 candidates.append((residual, *product.args[:2], view))
     for residual, first, second, view in candidates:

@@ -146,8 +146,11 @@ def _as_operand(operand: Node | None, rows: Node) -> torch.Tensor | None:
 
 def operands_of(rows: Node, residual: Residual | None, chain: Chain | None) -> Operands:
     """What the kernel would be given, as fake tensors; `rows` has the shape of x."""
-    given = {"gate": residual and residual.gate, "scale": chain and chain.scale, "shift": chain and chain.shift}
-    sets = {name: o for name, o in given.items() if o is not None}
+    sets: dict[str, Operand] = {}
+    if residual is not None and residual.gate is not None:
+        sets["gate"] = residual.gate
+    if chain is not None:
+        sets |= {name: o for name, o in (("scale", chain.scale), ("shift", chain.shift)) if o is not None}
     index = next((value(o.index) for o in sets.values() if o.index is not None), None)
     if index is not None and index.dim() == value(rows).dim():
         index = index.squeeze(-1)

@@ -39,6 +39,22 @@ def test_half_and_single(name: str) -> None:
             assert row in TABLE, f"docs/coverage.md is old (pvae coverage --out docs/coverage.md): {row}"
 
 
+@pytest.mark.parametrize("name", ("wan2.1-dit", "wan2.2-ti2v-dit", "kandinsky6-dit", "krea2-dit", "joyimage-edit-dit"))
+def test_as_published_weights_are_loaded(name: str) -> None:
+    """diffusers keeps some modules in float32 in a half-precision model: norms, modulation, tables."""
+    case = load(name, dtype=torch.bfloat16)
+    chains = cover(case, FUSED).chains
+    kept = set(case.model._keep_in_fp32_modules)
+    for path, tensor in (*case.model.named_parameters(), *case.model.named_buffers()):
+        if kept & set(path.split(".")) and tensor.is_floating_point():
+            tensor.data = tensor.data.float()
+    eager, reference = case.run(), case.cast(torch.float64).run()
+    found = cover(case, FUSED)
+    close = agreement(found.output, eager, reference)
+    assert close.ok, str(close)
+    assert found.fused == found.chains == chains
+
+
 class NoFloat32(TorchFunctionMode):
     """Casts to float32 go to float64: many norms are computed in float32 whatever the model's dtype."""
 
