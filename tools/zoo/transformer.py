@@ -75,6 +75,8 @@ def draw_weights(model: nn.Module) -> None:
                 parameter.normal_(std=parameter[0].numel() ** -0.5)
             elif parameter.ndim == 3 and len(parameter) > 1:  # [experts, in, out], which diffusers leaves unset
                 parameter.normal_(std=parameter.shape[1] ** -0.5)
+            elif parameter.ndim == 1 and module is model:  # a token for padding, which LuminaNext leaves unset
+                parameter.normal_()
             elif parameter.ndim and parameter.min() == parameter.max():
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
 

@@ -1,0 +1,384 @@
+"""placement: pieces made from nothing but the rows that the algebra asks for are those of the op on the whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pvae.passes.placement import (
+    Bounds,
+    Flip,
+    IndexMap,
+    Interval,
+    Local,
+    Pool,
+    Repeat,
+    Resample,
+    Split,
+    Transposed,
+    Window,
+    cat_bounds,
+    cat_needs,
+    clip,
+    even,
+    expand_dims,
+    follow,
+    locals_of,
+    pad,
+    permute_dims,
+    reshape_dims,
+    reshape_route,
+    slicing,
+    squeeze_dims,
+    transpose_dims,
+    unsqueeze_dims,
+)
+
+aten = torch.ops.aten
+DIM = 2  # the split dimension of every tensor below
+SIZES = st.integers(1, 24)
+
+
+@st.composite
+def bounds_of(draw: st.DrawFn, size: int) -> Bounds:
+    cuts = draw(st.lists(st.integers(0, size), max_size=4))
+    return (0, *sorted(cuts), size)
+
+
+def activation(n: int, channels: int = 2) -> Tensor:
+    return torch.randn(1, channels, n, 5, dtype=torch.float64)
+
+
+def take(x: Tensor, need: Interval, fill: str = "constant") -> Tensor:
+    """What `pvae::fetch` gives: the rows `need` of `x`, filled outside."""
+    n, at = x.shape[DIM], torch.arange(*need)
+    if fill == "constant":
+        inside = ((at >= 0) & (at < n)).to(x.dtype)
+        shape = [1] * x.dim()
+        shape[DIM] = len(at)
+        return x.index_select(DIM, at.clamp(0, n - 1)) * inside.view(shape)
+    if fill == "circular":
+        return x.index_select(DIM, at % n)
+    if fill == "reflect":
+        at = at.abs()
+        at = torch.where(at >= n, 2 * (n - 1) - at, at)
+    return x.index_select(DIM, at.clamp(0, n - 1))
+
+
+def gather(x: Tensor, todo: Local) -> Tensor:
+    def weights(tap: Any) -> Tensor:
+        return torch.tensor(tap.weight, dtype=x.dtype).view([-1 if d == DIM else 1 for d in range(x.dim())])
+
+    return sum((x.index_select(DIM, torch.tensor(t.index)) * weights(t) for t in todo.taps), torch.zeros(()))
+
+
+def check(
+    data: st.DataObject,
+    op: IndexMap,
+    x: Tensor,
+    whole: Tensor,
+    local: Callable[[Tensor, Local], Tensor],
+    fill: str = "constant",
+) -> None:
+    """Each rank's piece, made by `local` from the rows it needs, for bounds that follow the input's and any others."""
+    n, m = x.shape[DIM], whole.shape[DIM]
+    have = data.draw(bounds_of(n), "have")
+    assert op.size(n) == m
+    followed = follow(op, have)
+    Split(DIM, followed)  # valid bounds
+    if m == n:
+        assert followed == have
+    else:
+        for (lo_in, hi_in), (lo, hi) in zip(pairwise(have), pairwise(followed), strict=True):
+            assert all(lo_in <= min(max(op.home(j, n), 0), n - 1) < hi_in for j in range(lo, hi))
+    for want in (followed, data.draw(bounds_of(m), "want")):
+        pieces = []
+        for todo, (lo, hi) in zip(locals_of(op, n, want), pairwise(want), strict=True):
+            result = local(take(x, todo.need, fill), todo)
+            pieces.append(result.narrow(DIM, todo.crop[0], result.shape[DIM] - sum(todo.crop)))
+            assert min(todo.crop) >= 0 and pieces[-1].shape[DIM] == hi - lo
+        torch.testing.assert_close(torch.cat(pieces, DIM), whole, rtol=1e-12, atol=1e-12)
+
+
+@given(st.data(), SIZES, st.integers(1, 5), st.integers(1, 4), st.integers(1, 3), st.integers(0, 6), st.integers(0, 6))
+def test_convolution(data: st.DataObject, n: int, k: int, s: int, d: int, front: int, back: int) -> None:
+    op = Window(k, s, d, (front, back))
+    assume(op.size(n) > 0 and n + front + back >= op.span)
+    x, w, b = activation(n), torch.randn(3, 2, k, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    whole = F.conv2d(F.pad(x, (0, 0, front, back)), w, b, (s, 1), (0, 1), (d, 1))
+    check(data, op, x, whole, lambda y, todo: F.conv2d(y, w, b, (s, 1), (todo.padding[0], 1), (d, 1)))
+
+
+@given(st.data(), SIZES, st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(0, 2), st.booleans())
+def test_max_pool(data: st.DataObject, n: int, k: int, s: int, d: int, p: int, ceil_mode: bool) -> None:
+    op = Pool(k, s, d, (p, p), ceil_mode)
+    assume(p <= k // 2 and n + 2 * p >= op.span)
+    x = activation(n) - 5  # padding by zeros would show
+    whole = F.max_pool2d(x, (k, 1), (s, 1), (p, 0), (d, 1), ceil_mode)
+    check(data, op, x, whole, lambda y, t: F.max_pool2d(y, (k, 1), (s, 1), (t.padding[0], 0), (d, 1), ceil_mode))
+
+
+@given(st.data(), SIZES, st.integers(1, 5), st.integers(1, 4), st.integers(0, 2), st.booleans(), st.booleans())
+def test_avg_pool(data: st.DataObject, n: int, k: int, s: int, p: int, ceil_mode: bool, count: bool) -> None:
+    op = Pool(k, s, 1, (p, p), ceil_mode)
+    assume(p <= k // 2 and n + 2 * p >= k)
+    x = activation(n)
+
+    def pool(y: Tensor, padding: int) -> Tensor:
+        return F.avg_pool2d(y, (k, 1), (s, 1), (padding, 0), ceil_mode, count)
+
+    check(data, op, x, pool(x, p), lambda y, todo: pool(y, todo.padding[0]))
+    if count and not ceil_mode:  # then the padding is plain zeros
+        check(data, Window(k, s, 1, (p, p)), x, pool(x, p), lambda y, todo: pool(y, todo.padding[0]))
+
+
+@given(st.data(), SIZES, st.integers(1, 5), st.integers(1, 4), st.integers(1, 3), st.integers(0, 4), st.integers(0, 3))
+def test_transposed_convolution(data: st.DataObject, n: int, k: int, s: int, d: int, p: int, extra: int) -> None:
+    op = Transposed(k, s, d, p, extra)
+    assume(extra < max(s, d) and op.size(n) > 0)
+    x, w, b = activation(n), torch.randn(2, 3, k, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    whole = F.conv_transpose2d(x, w, b, (s, 1), (p, 1), (extra, 0), 1, (d, 1))
+    check(data, op, x, whole, lambda y, _: F.conv_transpose2d(y, w, b, (s, 1), (0, 1), 0, 1, (d, 1)))
+
+
+@given(
+    st.data(),
+    SIZES,
+    st.integers(-3, 6),
+    st.integers(-3, 6),
+    st.sampled_from(["constant", "replicate", "reflect", "circular"]),
+)
+def test_pad(data: st.DataObject, n: int, front: int, back: int, fill: str) -> None:
+    assume(n + front + back > 0 and n + min(front, back) > 0)
+    assume(fill != "reflect" or max(front, back) < n)
+    assume(fill != "circular" or (max(front, back) <= n and min(front, back) >= 0))
+    x = activation(n)
+    check(data, pad(front, back), x, F.pad(x, (0, 0, front, back), mode=fill), lambda y, _: y, fill)
+
+
+@given(st.data(), SIZES, st.integers(0, 6), st.integers(0, 6))
+def test_pad_by_another_constant(data: st.DataObject, n: int, front: int, back: int) -> None:
+    x, op = activation(n), pad(front, back)
+    want = data.draw(bounds_of(op.size(n)))
+    pieces = []
+    for todo, (lo, hi) in zip(locals_of(op, n, want), pairwise(want), strict=True):
+        (a, b), around = clip(todo.need, n)
+        pieces.append(F.pad(x[:, :, a:b], (0, 0, *around), value=7.0)[:, :, : hi - lo])
+    assert torch.equal(torch.cat(pieces, DIM), F.pad(x, (0, 0, front, back), value=7.0))
+
+
+@given(st.data(), SIZES, st.integers(1, 5))
+def test_slice(data: st.DataObject, n: int, step: int) -> None:
+    start, stop = sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n)), "slice"))
+    x = activation(n)
+    check(data, slicing(n, start, stop, step), x, x[:, :, start:stop:step], lambda y, _: y[:, :, ::step])
+
+
+@given(st.data(), SIZES, st.integers(1, 4))
+def test_flip_and_repeats(data: st.DataObject, n: int, times: int) -> None:
+    x = activation(n)
+    check(data, Flip(), x, x.flip(DIM), lambda y, _: y.flip(DIM))
+    check(data, Repeat(times), x, x.repeat(1, 1, times, 1), gather)
+    inner = x.repeat_interleave(times, DIM)
+    check(data, Resample("nearest", times * n), x, inner, lambda y, _: y.repeat_interleave(times, DIM))
+
+
+UPSAMPLE: dict[tuple[str, int], Any] = {
+    ("nearest", 2): aten.upsample_nearest2d.default,
+    ("nearest", 3): aten.upsample_nearest3d.default,
+    ("nearest-exact", 2): aten._upsample_nearest_exact2d.default,
+    ("nearest-exact", 3): aten._upsample_nearest_exact3d.default,
+    ("linear", 2): aten.upsample_bilinear2d.default,
+    ("linear", 3): aten.upsample_trilinear3d.default,
+}
+FACTORS = st.sampled_from([1.0, 2.0, 3.0, 4.0, 8.0, 1.5, 2.5, 4 / 3, 0.5, 0.25, 1.1]) | st.floats(0.2, 5)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "linear"])
+@pytest.mark.parametrize("dims", [2, 3])
+@given(data=st.data(), n=SIZES, factor=FACTORS, given_scale=st.booleans(), align=st.booleans())
+def test_resample(
+    data: st.DataObject, mode: Any, dims: int, n: int, factor: float, given_scale: bool, align: bool
+) -> None:
+    out = math.floor(n * factor)
+    assume(out > 0)
+    op = Resample(mode, out, factor if given_scale else None, align and mode == "linear")
+    x = activation(n) if dims == 2 else activation(n)[..., None].expand(-1, -1, -1, -1, 2) + torch.randn(2)
+    flags = (op.align_corners,) if mode == "linear" else ()
+    other = (7, 3)[: dims - 1]
+    no_scales = (None,) * (dims - 1)
+
+    def call(y: Tensor, size: int, scale: float | None) -> Tensor:
+        return UPSAMPLE[mode, dims](y, [size, *other], *flags, scale, *no_scales)
+
+    def local(y: Tensor, todo: Local) -> Tensor:
+        if todo.taps:
+            y = gather(y, todo)
+            return call(y, y.shape[DIM], None)  # the op still does the other dimensions
+        return call(y, y.shape[DIM] * (out // n), None)
+
+    check(data, op, x, call(x, out, op.scale), local)
+
+
+def test_whole_factors_need_no_taps() -> None:
+    for mode in ("nearest", "nearest-exact", "linear"):
+        for factor in (1, 2, 3, 4, 8, 16):
+            for scale in (None, float(factor)):
+                todo = locals_of(Resample(mode, 30 * factor, scale), 30, (0, 10 * factor, 30 * factor))[1]  # type: ignore[arg-type]
+                halo = mode == "linear" and factor > 1
+                assert not todo.taps and todo.need == (9 if halo else 10, 30)
+
+
+@given(st.data(), st.lists(st.integers(0, 12), min_size=1, max_size=4), st.integers(1, 5))
+def test_cat(data: st.DataObject, sizes: list[int], world: int) -> None:
+    xs = [activation(n) for n in sizes]
+    whole = torch.cat(xs, DIM)
+    want = cat_bounds([even(n, world) for n in sizes])
+    assert Split(DIM, want).size == whole.shape[DIM]
+    for bounds in (want, data.draw(bounds_of(sum(sizes)))):
+        pieces = [
+            torch.cat([x[:, :, a:b] for x, (a, b) in zip(xs, cat_needs(sizes, lo, hi), strict=True)], DIM)
+            for lo, hi in pairwise(bounds)
+        ]
+        assert torch.equal(torch.cat(pieces, DIM), whole)
+        assert all(a <= b for lo, hi in pairwise(bounds) for a, b in cat_needs(sizes, lo, hi))
+
+
+def test_cat_keeps_a_large_operand_in_place() -> None:
+    assert cat_bounds([even(2, 4), even(40, 4)]) == (0, 12, 22, 32, 42)
+    assert cat_bounds([even(40, 4), even(40, 4)]) == even(80, 4)
+
+
+@given(st.integers(0, 60), st.integers(1, 7), st.integers(1, 5))
+def test_even(size: int, world: int, multiple: int) -> None:
+    split = Split(0, even(size, world, multiple))
+    assert (split.size, split.world) == (size, world)
+    assert all(b % multiple == 0 or b == size for b in split.bounds)
+    units = [math.ceil((hi - lo) / multiple) for lo, hi in map(split.interval, range(world))]
+    assert units == sorted(units, reverse=True) and units[0] - units[-1] <= 1
+
+
+def test_bounds_must_rise_from_zero() -> None:
+    for bounds in ((0,), (1, 2), (0, 3, 2)):
+        with pytest.raises(ValueError, match="rise from 0"):
+            Split(0, bounds)
+    with pytest.raises(ValueError, match="from the front"):
+        Split(-1, (0, 2))
+
+
+# --- views ------------------------------------------------------------------------------------------------------------
+
+
+def check_view(x: Tensor, split: Split, whole: Tensor, moved: Split, local: Callable[[Tensor], Tensor]) -> None:
+    assert moved.size == whole.shape[moved.dim]
+    for rank in range(split.world):
+        lo, hi = split.interval(rank)
+        a, b = moved.interval(rank)
+        piece = local(x.narrow(split.dim, lo, hi - lo))
+        assert torch.equal(piece, whole.narrow(moved.dim, a, b - a))
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> list[int]:
+    """A shape of up to 144 elements and few primes, so that two of them often have a common product."""
+    return draw(st.permutations([2, 2, 2, 2, 3, 3, 1, 1]).map(lambda f: merge(f, draw(st.sets(st.integers(1, 7))))))
+
+
+def merge(factors: list[int], cuts: set[int]) -> list[int]:
+    at = [0, *sorted(cuts), len(factors)]
+    return [math.prod(factors[a:b]) for a, b in pairwise(at)]
+
+
+@given(st.data(), shapes(), shapes(), st.booleans())
+def test_reshape(data: st.DataObject, shape: list[int], to: list[int], fitting: bool) -> None:
+    x = torch.arange(math.prod(shape)).view(shape)
+    dim = data.draw(st.integers(0, len(shape) - 1))
+    route = reshape_route(shape, to, dim)
+    bounds = data.draw(bounds_of(shape[dim]))
+    if fitting and not isinstance(route, str):
+        bounds = even(shape[dim], len(bounds) - 1, route[1].denominator)
+    split = Split(dim, bounds)
+    moved = reshape_dims(shape, to, split)
+    whole = x.view(to)
+    if isinstance(moved, Split):
+
+        def local(y: Tensor) -> Tensor:
+            rows = y.numel() * to[moved.dim] // x.numel()
+            return y.reshape([rows if d == moved.dim else size for d, size in enumerate(to)])
+
+        check_view(x, split, whole, moved, local)
+        return
+    assert not fitting or isinstance(route, str) or shape[dim] % route[1].denominator
+    # Refused: then no dimension of the result has the pieces as runs of its rows.
+    pieces = [set(x.narrow(dim, lo, hi - lo).flatten().tolist()) for lo, hi in map(split.interval, range(split.world))]
+    pieces = [p for p in pieces if p]
+    if len(pieces) > 1:
+        for d in range(len(to)):
+            rows = [set(row.flatten().tolist()) for row in whole.unbind(d)]
+            assert not all(any(row <= p for p in pieces) for row in rows)
+
+
+def test_reshape_says_why_not() -> None:
+    assert "merged inside [2]" in str(reshape_dims((2, 6), (12,), Split(1, (0, 3, 6))))
+    assert "not multiples of 3" in str(reshape_dims((12,), (4, 3), Split(0, (0, 5, 12))))
+    assert "is dropped" in str(reshape_dims((4, 1), (4,), Split(1, (0, 1, 1))))
+    with pytest.raises(ValueError, match="does not reshape"):
+        reshape_dims((4,), (5,), Split(0, (0, 4)))
+    with pytest.raises(ValueError, match="not of size 3"):
+        reshape_dims((4,), (2, 2), Split(0, (0, 3)))
+
+
+@given(st.data(), st.integers(1, 9), st.integers(1, 3))
+def test_pixel_shuffle(data: st.DataObject, n: int, r: int) -> None:
+    """(b, c r r, h, w) -> (b, c, r, r, h, w) -> (b, c, h, r, w, r) -> (b, c, h r, w r), split along h, and back."""
+    shape, order = (1, 2 * r * r, n, 5), (0, 1, 4, 2, 5, 3)
+    split: Split | str = Split(2, data.draw(bounds_of(n)))
+    unfolded = (1, 2, r, r, n, 5)
+    split = reshape_dims(shape, unfolded, split)
+    assert isinstance(split, Split) and (n == 1 or split.dim == 4)
+    permuted = permute_dims(order, split)
+    shuffled = reshape_dims([unfolded[o] for o in order], (1, 2, n * r, 5 * r), permuted)
+    if n > 1:
+        assert shuffled == Split(2, tuple(b * r for b in split.bounds))
+        assert reshape_dims((1, 2, n * r, 5 * r), (1, 2, n, r, 5, r), shuffled) == Split(2, split.bounds)
+
+
+@given(st.data(), st.lists(st.integers(1, 4), min_size=1, max_size=4))
+def test_permute_transpose_squeeze_unsqueeze_expand(data: st.DataObject, shape: list[int]) -> None:
+    x, ndim = torch.randn(shape), len(shape)
+    dims = st.integers(0, ndim - 1)
+    split = Split(dim := data.draw(dims), data.draw(bounds_of(shape[dim])))
+
+    order = data.draw(st.permutations(range(-ndim, 0)))
+    check_view(x, split, x.permute(order), permute_dims(order, split), lambda y: y.permute(order))
+
+    a, b = data.draw(st.tuples(st.integers(-ndim, ndim - 1), st.integers(-ndim, ndim - 1)))
+    check_view(x, split, x.transpose(a, b), transpose_dims(ndim, a, b, split), lambda y: y.transpose(a, b))
+
+    new = data.draw(st.integers(-ndim - 1, ndim))
+    check_view(x, split, x.unsqueeze(new), unsqueeze_dims(ndim, new, split), lambda y: y.unsqueeze(new))
+
+    away = data.draw(st.sets(dims).map(sorted))
+    squeezed = squeeze_dims(shape, away, split)
+    if isinstance(squeezed, Split):
+        gone = tuple(d for d in away if shape[d] == 1)
+        check_view(x, split, x.squeeze(away), squeezed, lambda y: y.squeeze(gone))
+    else:
+        assert dim in away and shape[dim] == 1
+
+    to = [2, *(data.draw(st.sampled_from([3, -1, 1])) if size == 1 else size for size in shape)]
+    expanded = expand_dims(shape, to, split)
+    if isinstance(expanded, Split):
+        sizes = [-1 if d == expanded.dim else size for d, size in enumerate(to)]
+        check_view(x, split, x.expand(to), expanded, lambda y: y.expand(sizes))
+    else:
+        assert shape[dim] == 1 and to[dim + 1] == 3

@@ -1,0 +1,49 @@
+"""One rank of `test_fetch.py`'s gloo run: `fetch_gloo.py RANK WORLD STORE`. Exits with 0 if all it fetched is right."""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from pvae.runtime.fetch import fetch
+from pvae.runtime.mesh import make_mesh
+
+HAVE = (0, 5, 5, 9)  # rank 1 holds nothing
+HALO = ((0, 7), (3, 7), (4, 9))
+ONE_WAY = ((0, 5), (3, 7), (4, 9))  # rank 0 receives nothing
+ALL = ((0, 9),) * 3
+
+
+def main(rank: int, world: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=200)
+    )
+    group = make_mesh().groups[0]
+    whole = torch.arange(2 * 3 * 9 * 4).reshape(2, 3, 9, 4)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool):
+        x = whole.to(dtype)
+        piece = x[:, :, HAVE[rank] : HAVE[rank + 1]].contiguous(memory_format=torch.channels_last)
+        for need in (HALO, ONE_WAY, ALL):
+            got = fetch(piece, 2, HAVE, need, "zeros", group, channels_last=True)
+            assert torch.equal(got, x[:, :, slice(*need[rank])]), (dtype, need)
+
+    # Inductor, with a rank that only sends, and with pieces even enough for an all-gather
+    even = (0, 3, 6, 9)
+    x = whole.float()
+    for have, need in ((HAVE, ONE_WAY), (even, ALL)):
+        run = partial(fetch, dim=2, have=have, need=need, fill="zeros", group=group, channels_last=True)
+        compiled = torch.compile(lambda x, run=run: run(x * 2) + 1, fullgraph=True, dynamic=False)
+        with torch.no_grad():
+            got = compiled(x[:, :, have[rank] : have[rank + 1]])
+        assert torch.equal(got, x[:, :, slice(*need[rank])] * 2 + 1), need
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

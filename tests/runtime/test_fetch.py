@@ -1,0 +1,231 @@
+"""`fetch` on tensors: ranks as threads of this process, then traced, then three real gloo processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.functional import pad
+from torch.testing._internal.distributed import multi_threaded_pg
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from pvae.runtime.fetch import fetch
+from pvae.runtime.fetch_plan import fetch_plan
+from pvae.runtime.mesh import Mesh, make_mesh
+
+
+def on_threads(world: int, run: Callable[[int], Any]) -> list[Any]:
+    """`run(rank)` on each rank of a world of threads."""
+    torch._C._distributed_c10d._set_thread_isolation_mode(True)
+    threads_world = multi_threaded_pg._install_threaded_pg()
+    store = dist.HashStore()
+
+    def start(rank: int) -> Any:
+        torch.set_num_threads(1)
+        dist.init_process_group("threaded", rank=rank, world_size=world, store=store)
+        try:
+            return run(rank)
+        except BaseException as error:  # the others wait in a collective: let them go
+            multi_threaded_pg.ProcessLocalGroup.exception_handle(error)
+            raise
+
+    try:
+        with ThreadPoolExecutor(world) as pool:
+            return list(pool.map(start, range(world)))
+    finally:
+        del threads_world
+        multi_threaded_pg.ProcessLocalGroup.reset()
+        multi_threaded_pg._uninstall_threaded_pg()
+        torch._C._distributed_c10d._set_thread_isolation_mode(False)
+
+
+def rows_of(whole: torch.Tensor, dim: int, start: int, stop: int, fill: str) -> torch.Tensor:
+    """`[start, stop)` of the whole, filled by `torch.nn.functional.pad`."""
+    size, low = whole.shape[dim], max(0, -start)
+    mode = "constant" if fill == "zeros" else fill
+    flat = whole.movedim(dim, -1).flatten(0, -2)[None].double()  # pad wants (batch, channel, rows)
+    padded = pad(flat, (low, max(0, stop - size)), mode=mode)[0]
+    padded = padded.unflatten(0, whole.movedim(dim, -1).shape[:-1]).movedim(-1, dim)
+    return padded.narrow(dim, start + low, stop - start).to(whole.dtype)
+
+
+def check(whole: torch.Tensor, dim: int, have: Any, need: Any, fill: str, channels_last: bool) -> None:
+    memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(whole.dim() if channels_last else 0)
+
+    def run(rank: int) -> torch.Tensor:
+        piece = whole.narrow(dim, have[rank], have[rank + 1] - have[rank])
+        if memory_format is not None:
+            piece = piece.contiguous(memory_format=memory_format)
+        return fetch(piece, dim, have, need, fill, make_mesh().groups[0], channels_last)
+
+    for rank, got in enumerate(on_threads(len(need), run)):
+        torch.testing.assert_close(got, rows_of(whole, dim, *need[rank], fill), rtol=0, atol=0)
+        if fetch_plan(have, need, fill).kind != "local":
+            assert got.is_contiguous(memory_format=memory_format or torch.contiguous_format)
+
+
+@given(
+    shape=st.lists(st.integers(1, 3), min_size=1, max_size=4),
+    dim=st.integers(-5, 4),
+    lengths=st.lists(st.integers(0, 4), min_size=1, max_size=4).filter(any),
+    fill=st.sampled_from(["zeros", "replicate", "reflect", "circular"]),
+    channels_last=st.booleans(),
+    data=st.data(),
+)
+def test_any_partition_to_any_intervals(
+    shape: list[int], dim: int, lengths: list[int], fill: str, channels_last: bool, data: st.DataObject
+) -> None:
+    have = (0, *accumulate(lengths))
+    size = have[-1]
+    dim %= len(shape)
+    shape[dim] = size
+    reach = size - 1 if fill == "reflect" else size
+    bound = st.integers(-reach, size + reach)
+    if data.draw(st.booleans(), "all to all"):
+        need = ((-data.draw(st.integers(0, reach)), size),) * len(lengths)
+    else:
+        need = tuple(tuple(sorted(data.draw(st.tuples(bound, bound)))) for _ in lengths)
+    check(torch.randn(shape), dim, have, need, fill, channels_last)
+
+
+HALO = (0, 3, 4, 4, 9), ((-2, 5), (1, 6), (2, 6), (2, 11))
+ALL = (0, 3, 4, 5, 9), ((0, 9),) * 4
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("have", "need"), [HALO, ALL], ids=["halo", "all"])
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((9,), 0), ((2, 9, 6), 1), ((2, 6, 9, 5), 2), ((2, 6, 5, 9), -1), ((2, 6, 3, 9, 5), -2)], ids=str
+)
+def test_every_rank_and_layout(shape: tuple[int, ...], dim: int, have: Any, need: Any, channels_last: bool) -> None:
+    check(torch.randn(shape), dim, have, need, "reflect", channels_last)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool], ids=str
+)
+def test_dtypes(dtype: torch.dtype) -> None:
+    check(torch.randint(0, 2, (2, 9, 3)).to(dtype), 1, *HALO, "circular", False)
+
+
+def test_where_one_rank_is_all_there_is() -> None:
+    x = torch.randn(1, 2, 5, 4)
+    assert make_mesh() == make_mesh((1,)) == Mesh((1,), (None,), 0, (0,))
+    assert fetch(x, 2, (0, 5), ((0, 5),)).data_ptr() == x.data_ptr(), "a view"
+    padded = fetch(x, 2, (0, 5), ((-2, 6),), "reflect", channels_last=True)
+    assert torch.equal(padded, pad(x, (0, 0, 2, 1), mode="reflect"))
+    assert padded.is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match="dimension 3 of .* has 4 rows; rank 0 .* holds 5"):
+        fetch(x, -1, (0, 5), ((0, 5),))
+    with pytest.raises(ValueError, match="2 ranks are planned for, but the group None has 1"):
+        fetch(x, 2, (0, 5, 5), ((0, 5), (0, 5)))
+    with pytest.raises(ValueError, match="holds 4 ranks; there are 1; initialise"):
+        make_mesh((2, 2))
+
+
+def test_mesh_of_two_axes() -> None:
+    """A 2-D halo is a fetch along one axis after the other, corners included."""
+    whole = torch.randn(1, 2, 7, 9, dtype=torch.float64)
+    rows, columns = (0, 3, 7), (0, 2, 5, 9)
+
+    def run(rank: int) -> tuple[Mesh, bool, torch.Tensor]:
+        mesh = make_mesh((2, 3))
+        r, c = mesh.coordinates
+        x = whole[:, :, rows[r] : rows[r + 1], columns[c] : columns[c + 1]]
+        for dim, have, group in zip((2, 3), (rows, columns), mesh.groups, strict=True):
+            x = fetch(x, dim, have, tuple((have[i] - 1, have[i + 1] + 1) for i in range(len(have) - 1)), "zeros", group)
+        return mesh, make_mesh((2, 3)) is mesh and dist.group.WORLD.group_name not in mesh.groups, x
+
+    around = pad(whole, (1, 1, 1, 1))
+    for rank, (mesh, own_groups, got) in enumerate(on_threads(6, run)):
+        r, c = mesh.coordinates
+        assert mesh.rank == rank == 3 * r + c
+        assert own_groups
+        assert torch.equal(got, around[:, :, rows[r] : rows[r + 1] + 2, columns[c] : columns[c + 1] + 2])
+
+
+# Tracing -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=range(4))
+def fake_rank(request: pytest.FixtureRequest) -> Iterator[int]:
+    dist.init_process_group("fake", rank=request.param, world_size=4, store=FakeStore())
+    yield request.param
+    dist.destroy_process_group()
+
+
+def collectives(graph: torch.fx.Graph) -> list[str]:
+    names = [str(node.target) for node in graph.nodes if "_c10d_functional" in str(node.target)]
+    return [name.split(".")[1] for name in names]
+
+
+CASES = [
+    pytest.param(*HALO, ["all_to_all_single", "wait_tensor"], id="halo"),
+    pytest.param(*ALL, ["all_gather_into_tensor", "wait_tensor"], id="all"),
+    pytest.param(HALO[0], ((-1, 3), (3, 4), (4, 4), (5, 10)), [], id="local"),
+    # Rank 0 receives nothing: its collective must outlive dead-code elimination all the same.
+    pytest.param(HALO[0], ((0, 3), (2, 4), (3, 4), (2, 9)), ["all_to_all_single", "wait_tensor"], id="one way"),
+]
+
+
+@pytest.mark.parametrize(("have", "need", "expected"), CASES)
+@pytest.mark.parametrize("mode", ["fake", "symbolic"])
+def test_make_fx(fake_rank: int, mode: str, have: Any, need: Any, expected: list[str]) -> None:
+    group = make_mesh().groups[0]
+    x = torch.randn(1, 2, have[fake_rank + 1] - have[fake_rank], 6)
+    gm = make_fx(lambda x: fetch(x, 2, have, need, "reflect", group, True), pre_dispatch=True, tracing_mode=mode)(x)
+    gm.graph.eliminate_dead_code()
+    assert collectives(gm.graph) == expected
+    start, stop = need[fake_rank]
+    assert gm(x).shape == (1, 2, stop - start, 6)
+
+
+@pytest.mark.parametrize(("have", "need", "expected"), CASES)
+def test_dynamo_makes_one_graph(fake_rank: int, have: Any, need: Any, expected: list[str]) -> None:
+    from torch._dynamo.backends.common import aot_autograd
+
+    group, graphs = make_mesh().groups[0], []
+
+    def keep(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(gm.graph)
+        return gm
+
+    @torch.compile(backend=aot_autograd(fw_compiler=keep), fullgraph=True)
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return fetch(x * 2, 2, have, need, "reflect", group) + 1
+
+    with torch.no_grad():
+        run(torch.randn(1, 2, have[fake_rank + 1] - have[fake_rank], 6))
+    assert [collectives(graph) for graph in graphs] == [expected]
+
+
+@pytest.mark.slow
+def test_gloo_processes(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("fetch_gloo.py")
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, script, str(rank), "3", str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    try:
+        for rank in ranks:
+            said, _ = rank.communicate(timeout=300)
+            assert rank.returncode == 0, said
+    finally:
+        for rank in ranks:
+            rank.kill()
