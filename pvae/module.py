@@ -6,14 +6,15 @@ what it returns and what it leaves in the lists that it was given become the gra
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import nn
 
-from pvae.backend import REGISTRY, PvaeError, compile_capture, complain, overlapping
+from pvae.backend import REGISTRY, PvaeError, compile_capture, complain, overlapping, pvae_backend
 from pvae.call_structure import Box, In, Out, Rebuilder, Templates, Unknown, describe, fill, same_layout, tensors_of
 from pvae.capture import capture_run, tensor_constants
 from pvae.kernels.channels_last import FORMATS
@@ -94,6 +95,7 @@ class CompiledForward:
         self._where: tuple[torch.device, torch.device] | None = None
         self._written: list[Attribute] = []
         self._stays_eager = ""
+        self._by_dynamo: Callable[..., Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("module", "original", "name", "options", "counter", "observe")
@@ -112,6 +114,8 @@ class CompiledForward:
             return self.original(*args, **kwargs)
         if self._stays_eager:
             return self._eager(self._stays_eager, args, kwargs)
+        if self._by_dynamo is not None:
+            return self._by_dynamo(*args, **kwargs)
         state = self._state
         attributes = None if state is None or state.changed() else state.attributes()
         if state is None or attributes is None:
@@ -142,7 +146,7 @@ class CompiledForward:
                 if len(self.programs) >= MAX_PROGRAMS:
                     return self._eager(f"more than {MAX_PROGRAMS} kinds of call were captured", args, kwargs)
                 found = self._capture(call, tensors, weights, state)
-                if found is None:  # forward writes more attributes than was known
+                if found is None:
                     return self(*args, **kwargs)
                 if isinstance(found, str):
                     self._stays_eager = found
@@ -182,8 +186,8 @@ class CompiledForward:
     ) -> Program | str | None:
         """Trace and compile this kind of call.
 
-        A string says why the module must stay eager; None that forward was found to write attributes, and that the call
-        has to be described anew.
+        A string says why the module must stay eager; None that the call has to be made anew: forward was found to write
+        attributes, or to be for Dynamo.
         """
         for path, sub in self.module.named_modules():
             if path and (sub._forward_hooks or sub._forward_pre_hooks):
@@ -211,10 +215,7 @@ class CompiledForward:
             except (*DATA_DEPENDENT, RuntimeError) as error:
                 if not isinstance(error, DATA_DEPENDENT) and NO_NUMPY not in str(error):
                     raise
-                raise PvaeError(
-                    f"{self.name}: forward decides by a tensor's value, which capture by running cannot follow; use "
-                    f"torch.compile(model, backend='pvae'), which breaks the graph there ({error})"
-                ) from error
+                return self._dynamo(error)
             finally:
                 watch.restore()
             if written:
@@ -240,6 +241,18 @@ class CompiledForward:
         return Program(
             compiled, traced.result, traced.spec, tuple(traced.effects), returns_inputs, capture.mutated, report
         )
+
+    def _dynamo(self, error: Exception) -> None:
+        """Leave a forward that decides by a tensor's value to Dynamo, which breaks the graph there."""
+        first = str(error).strip().splitlines()[0]
+        complain(
+            self.options,
+            self.name,
+            "forward decides by a tensor's value, which capture by running cannot follow; it is compiled as "
+            f"torch.compile(model, backend='pvae') does, in several graphs ({first})",
+        )
+        options = {f.name: getattr(self.options, f.name) for f in fields(self.options)}
+        self._by_dynamo = torch.compile(self.original, backend=functools.partial(pvae_backend, options=options))
 
     def _traced_call(
         self, call: Any, flat: Sequence[torch.Tensor], inputs: int, state: ModuleState, traced: _Traced

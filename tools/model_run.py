@@ -233,7 +233,8 @@ def trace_shapes(request: Request, *, strides: bool = False) -> list[Trace]:
     """What the pipeline does to every graph of the requested model, by shapes alone: no value is computed."""
     try:
         case, mode = request.shapes()
-        traces = compile_traced(case, replace(request.options, engine="eager"), strides=strides)
+        options = replace(request.options, engine="eager", strict="on")  # what no shape can tell is an error here
+        traces = compile_traced(case, options, strides=strides)
         with mode:
             case.run()
     except DATA_DEPENDENT as error:

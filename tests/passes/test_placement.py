@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -74,7 +75,7 @@ def take(x: Tensor, need: Interval, fill: str = "constant") -> Tensor:
     return x.index_select(DIM, at.clamp(0, n - 1))
 
 
-def gather(x: Tensor, todo: Local) -> Tensor:
+def gather(x: Tensor, todo: Local, *_: int) -> Tensor:
     def weights(tap: Any) -> Tensor:
         return torch.tensor(tap.weight, dtype=x.dtype).view([-1 if d == DIM else 1 for d in range(x.dim())])
 
@@ -86,26 +87,40 @@ def check(
     op: IndexMap,
     x: Tensor,
     whole: Tensor,
-    local: Callable[[Tensor, Local], Tensor],
+    local: Callable[[Tensor, Local, int], Tensor],
     fill: str = "constant",
+    tight: bool = True,
 ) -> None:
-    """Each rank's piece, made by `local` from the rows it needs, for bounds that follow the input's and any others."""
+    """Each rank's piece, made by `local` from the rows it needs, for bounds that follow the input's and any others.
+
+    `tight`: the outermost of these rows are indeed read.
+    """
     n, m = x.shape[DIM], whole.shape[DIM]
     have = data.draw(bounds_of(n), "have")
     assert op.size(n) == m
     followed = follow(op, have)
-    Split(DIM, followed)  # valid bounds
+    assert Split(DIM, followed).size == m
     if m == n:
         assert followed == have
     else:
-        for (lo_in, hi_in), (lo, hi) in zip(pairwise(have), pairwise(followed), strict=True):
-            assert all(lo_in <= min(max(op.home(j, n), 0), n - 1) < hi_in for j in range(lo, hi))
+        for (first, last), (lo, hi) in zip(pairwise(have), pairwise(followed), strict=True):
+            assert all(first <= min(max(op.home(j, n), 0), n - 1) < last for j in range(lo, hi))
     for want in (followed, data.draw(bounds_of(m), "want")):
         pieces = []
         for todo, (lo, hi) in zip(locals_of(op, n, want), pairwise(want), strict=True):
-            result = local(take(x, todo.need, fill), todo)
-            pieces.append(result.narrow(DIM, todo.crop[0], result.shape[DIM] - sum(todo.crop)))
+
+            def piece(y: Tensor, todo: Local = todo, rows: int = hi - lo) -> Tensor:
+                result = local(y, todo, rows)
+                return result.narrow(DIM, todo.crop[0], result.shape[DIM] - sum(todo.crop))
+
+            y = take(x, todo.need, fill)
+            pieces.append(piece(y))
             assert min(todo.crop) >= 0 and pieces[-1].shape[DIM] == hi - lo
+            for end in (0, y.shape[DIM] - 1) if tight and lo < hi else ():
+                if 0 <= todo.need[0] + end < n:
+                    poisoned = y.clone()
+                    poisoned[:, :, end] = math.nan
+                    assert piece(poisoned).isnan().any()
         torch.testing.assert_close(torch.cat(pieces, DIM), whole, rtol=1e-12, atol=1e-12)
 
 
@@ -115,7 +130,7 @@ def test_convolution(data: st.DataObject, n: int, k: int, s: int, d: int, front:
     assume(op.size(n) > 0 and n + front + back >= op.span)
     x, w, b = activation(n), torch.randn(3, 2, k, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
     whole = F.conv2d(F.pad(x, (0, 0, front, back)), w, b, (s, 1), (0, 1), (d, 1))
-    check(data, op, x, whole, lambda y, todo: F.conv2d(y, w, b, (s, 1), (todo.padding[0], 1), (d, 1)))
+    check(data, op, x, whole, lambda y, todo, _: F.conv2d(y, w, b, (s, 1), (todo.padding[0], 1), (d, 1)))
 
 
 @given(st.data(), SIZES, st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(0, 2), st.booleans())
@@ -124,7 +139,14 @@ def test_max_pool(data: st.DataObject, n: int, k: int, s: int, d: int, p: int, c
     assume(p <= k // 2 and n + 2 * p >= op.span)
     x = activation(n) - 5  # padding by zeros would show
     whole = F.max_pool2d(x, (k, 1), (s, 1), (p, 0), (d, 1), ceil_mode)
-    check(data, op, x, whole, lambda y, t: F.max_pool2d(y, (k, 1), (s, 1), (t.padding[0], 0), (d, 1), ceil_mode))
+    check(
+        data,
+        op,
+        x,
+        whole,
+        lambda y, t, _: F.max_pool2d(y, (k, 1), (s, 1), (t.padding[0], 0), (d, 1), ceil_mode),
+        tight=False,
+    )
 
 
 @given(st.data(), SIZES, st.integers(1, 5), st.integers(1, 4), st.integers(0, 2), st.booleans(), st.booleans())
@@ -136,9 +158,9 @@ def test_avg_pool(data: st.DataObject, n: int, k: int, s: int, p: int, ceil_mode
     def pool(y: Tensor, padding: int) -> Tensor:
         return F.avg_pool2d(y, (k, 1), (s, 1), (padding, 0), ceil_mode, count)
 
-    check(data, op, x, pool(x, p), lambda y, todo: pool(y, todo.padding[0]))
+    check(data, op, x, pool(x, p), lambda y, todo, _: pool(y, todo.padding[0]), tight=False)
     if count and not ceil_mode:  # then the padding is plain zeros
-        check(data, Window(k, s, 1, (p, p)), x, pool(x, p), lambda y, todo: pool(y, todo.padding[0]))
+        check(data, Window(k, s, 1, (p, p)), x, pool(x, p), lambda y, todo, _: pool(y, todo.padding[0]))
 
 
 @given(st.data(), SIZES, st.integers(1, 5), st.integers(1, 4), st.integers(1, 3), st.integers(0, 4), st.integers(0, 3))
@@ -147,7 +169,9 @@ def test_transposed_convolution(data: st.DataObject, n: int, k: int, s: int, d: 
     assume(extra < max(s, d) and op.size(n) > 0)
     x, w, b = activation(n), torch.randn(2, 3, k, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
     whole = F.conv_transpose2d(x, w, b, (s, 1), (p, 1), (extra, 0), 1, (d, 1))
-    check(data, op, x, whole, lambda y, _: F.conv_transpose2d(y, w, b, (s, 1), (0, 1), 0, 1, (d, 1)))
+    check(
+        data, op, x, whole, lambda y, *_: F.conv_transpose2d(y, w, b, (s, 1), (0, 1), 0, 1, (d, 1)), tight=op.span >= s
+    )
 
 
 @given(
@@ -162,7 +186,7 @@ def test_pad(data: st.DataObject, n: int, front: int, back: int, fill: str) -> N
     assume(fill != "reflect" or max(front, back) < n)
     assume(fill != "circular" or (max(front, back) <= n and min(front, back) >= 0))
     x = activation(n)
-    check(data, pad(front, back), x, F.pad(x, (0, 0, front, back), mode=fill), lambda y, _: y, fill)
+    check(data, pad(front, back), x, F.pad(x, (0, 0, front, back), mode=fill), lambda y, *_: y, fill)
 
 
 @given(st.data(), SIZES, st.integers(0, 6), st.integers(0, 6))
@@ -180,16 +204,16 @@ def test_pad_by_another_constant(data: st.DataObject, n: int, front: int, back: 
 def test_slice(data: st.DataObject, n: int, step: int) -> None:
     start, stop = sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n)), "slice"))
     x = activation(n)
-    check(data, slicing(n, start, stop, step), x, x[:, :, start:stop:step], lambda y, _: y[:, :, ::step])
+    check(data, slicing(n, start, stop, step), x, x[:, :, start:stop:step], lambda y, *_: y[:, :, ::step])
 
 
 @given(st.data(), SIZES, st.integers(1, 4))
 def test_flip_and_repeats(data: st.DataObject, n: int, times: int) -> None:
     x = activation(n)
-    check(data, Flip(), x, x.flip(DIM), lambda y, _: y.flip(DIM))
+    check(data, Flip(), x, x.flip(DIM), lambda y, *_: y.flip(DIM))
     check(data, Repeat(times), x, x.repeat(1, 1, times, 1), gather)
     inner = x.repeat_interleave(times, DIM)
-    check(data, Resample("nearest", times * n), x, inner, lambda y, _: y.repeat_interleave(times, DIM))
+    check(data, Resample("nearest", times * n), x, inner, lambda y, *_: y.repeat_interleave(times, DIM))
 
 
 UPSAMPLE: dict[tuple[str, int], Any] = {
@@ -200,42 +224,84 @@ UPSAMPLE: dict[tuple[str, int], Any] = {
     ("linear", 2): aten.upsample_bilinear2d.default,
     ("linear", 3): aten.upsample_trilinear3d.default,
 }
-FACTORS = st.sampled_from([1.0, 2.0, 3.0, 4.0, 8.0, 1.5, 2.5, 4 / 3, 0.5, 0.25, 1.1]) | st.floats(0.2, 5)
+FACTORS = st.sampled_from([1.0, 2.0, 3.0, 4.0, 8.0, 1.5, 2.5, 4 / 3, 0.5, 0.25, 1.1, 2.3]) | st.floats(0.2, 5)
 
 
 @pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "linear"])
 @pytest.mark.parametrize("dims", [2, 3])
-@given(data=st.data(), n=SIZES, factor=FACTORS, given_scale=st.booleans(), align=st.booleans())
+@given(
+    data=st.data(),
+    n=SIZES,
+    factor=FACTORS,
+    given_scale=st.booleans(),
+    align=st.booleans(),
+    channels_last=st.booleans(),
+    channels=st.integers(1, 3),
+)
 def test_resample(
-    data: st.DataObject, mode: Any, dims: int, n: int, factor: float, given_scale: bool, align: bool
+    data: st.DataObject,
+    mode: Any,
+    dims: int,
+    n: int,
+    factor: float,
+    given_scale: bool,
+    align: bool,
+    channels_last: bool,
+    channels: int,
 ) -> None:
     out = math.floor(n * factor)
     assume(out > 0)
     op = Resample(mode, out, factor if given_scale else None, align and mode == "linear")
-    x = activation(n) if dims == 2 else activation(n)[..., None].expand(-1, -1, -1, -1, 2) + torch.randn(2)
-    flags = (op.align_corners,) if mode == "linear" else ()
     other = (7, 3)[: dims - 1]
+    x = torch.randn(1, channels, n, 5, 2, dtype=torch.float64) if dims == 3 else activation(n, channels)
+    x = x.to(memory_format=torch.channels_last_3d if dims == 3 else torch.channels_last) if channels_last else x
+    flags = (op.align_corners,) if mode == "linear" else ()
     no_scales = (None,) * (dims - 1)
 
     def call(y: Tensor, size: int, scale: float | None) -> Tensor:
         return UPSAMPLE[mode, dims](y, [size, *other], *flags, scale, *no_scales)
 
-    def local(y: Tensor, todo: Local) -> Tensor:
+    def local(y: Tensor, todo: Local, rows: int) -> Tensor:
         if todo.taps:
             y = gather(y, todo)
             return call(y, y.shape[DIM], None)  # the op still does the other dimensions
-        return call(y, y.shape[DIM] * (out // n), None)
+        return call(y, rows + sum(todo.crop), op.scale)
 
-    check(data, op, x, call(x, out, op.scale), local)
+    sure = len({tuple(at) for at in op.sources(np.arange(out), n)}) == 1  # else everything is needed
+    check(data, op, x, call(x, out, op.scale), local, tight=sure)
+
+
+def test_the_example_of_the_module() -> None:
+    conv, have = Window(kernel=3, stride=2, padding=(1, 1)), even(17, 3)
+    want = follow(conv, have)
+    assert (have, want) == ((0, 6, 12, 17), (0, 3, 6, 9))
+    assert locals_of(conv, have[-1], want)[1] == Local((5, 12))
+
+
+def test_pooling_begins_at_the_last_possible_multiple_of_the_stride() -> None:
+    assert locals_of(Pool(3, 2, padding=(1, 1)), 16, (0, 4, 8))[1] == Local((6, 16), (1, 1), (1, 0))
 
 
 def test_whole_factors_need_no_taps() -> None:
-    for mode in ("nearest", "nearest-exact", "linear"):
-        for factor in (1, 2, 3, 4, 8, 16):
-            for scale in (None, float(factor)):
-                todo = locals_of(Resample(mode, 30 * factor, scale), 30, (0, 10 * factor, 30 * factor))[1]  # type: ignore[arg-type]
-                halo = mode == "linear" and factor > 1
-                assert not todo.taps and todo.need == (9 if halo else 10, 30)
+    modes: list[Any] = ["nearest", "nearest-exact", "linear"]
+    for mode, factor, scaled in product(modes, (1, 2, 3, 4, 8, 16), (False, True)):
+        op = Resample(mode, 30 * factor, float(factor) if scaled else None)
+        todo = locals_of(op, 30, (0, 10 * factor, 30 * factor))[1]
+        halo = mode == "linear" and factor > 1
+        assert not todo.taps and todo.need == (9 if halo else 10, 30)
+
+
+def test_taps_where_the_scale_is_not_the_sizes() -> None:
+    assert [len(t.taps) for t in locals_of(Resample("linear", 6, 2.3), 3, (0, 3, 6))] == [2, 2]
+    assert [len(t.taps) for t in locals_of(Resample("nearest", 9), 6, (0, 3, 9))] == [1, 1]
+
+
+def test_rows_that_kernels_disagree_on_are_computed_from_the_whole() -> None:
+    """Out of 2 rows by 1.25 make 2; torch's channels-last kernel copies them, its other one takes the first twice."""
+    assert locals_of(Resample("nearest", 2, 1.25), 2, (0, 1, 2)) == (
+        Local((0, 2), crop=(0, 1)),
+        Local((0, 2), crop=(1, 0)),
+    )
 
 
 @given(st.data(), st.lists(st.integers(0, 12), min_size=1, max_size=4), st.integers(1, 5))
@@ -324,7 +390,8 @@ def test_reshape(data: st.DataObject, shape: list[int], to: list[int], fitting: 
     if len(pieces) > 1:
         for d in range(len(to)):
             rows = [set(row.flatten().tolist()) for row in whole.unbind(d)]
-            assert not all(any(row <= p for p in pieces) for row in rows)
+            owners = [[r for r, piece in enumerate(pieces) if row <= piece] for row in rows]
+            assert [] in owners or owners != sorted(owners)
 
 
 def test_reshape_says_why_not() -> None:

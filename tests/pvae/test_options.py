@@ -98,7 +98,10 @@ def test_the_environment_wins_and_disable_is_the_union() -> None:
     }
     found = parse_options(given, environment)
     assert (found.conv3d, found.disable, found.rewrite_limit) == ("unfold2d", ("fold_pad", "canonicalize"), 0)
-    assert str(found.pipeline) == "fuse_modulation,fuse_residual_gate,drop_zero_taps,conv_dtype,conv3d_unfold,channels_last"
+    assert (
+        str(found.pipeline)
+        == "fuse_modulation,fuse_residual_gate,drop_zero_taps,conv_dtype,conv3d_unfold,channels_last"
+    )
     assert parse_options({}, {"PVAE_REWRITE_LIMIT": ""}).rewrite_limit is None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from datetime import timedelta
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -21,7 +20,7 @@ ALL = ((0, 9),) * 3
 def main(rank: int, world: int, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=200)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=300)
     )
     group = make_mesh().groups[0]
     whole = torch.arange(2 * 3 * 9 * 4).reshape(2, 3, 9, 4)
@@ -32,15 +31,19 @@ def main(rank: int, world: int, store: str) -> None:
             got = fetch(piece, 2, HAVE, need, "zeros", group, channels_last=True)
             assert torch.equal(got, x[:, :, slice(*need[rank])]), (dtype, need)
 
-    # Inductor, with a rank that only sends, and with pieces even enough for an all-gather
+    # Inductor: a rank that only sends, and pieces even enough for an all-gather, in one graph
     even = (0, 3, 6, 9)
     x = whole.float()
-    for have, need in ((HAVE, ONE_WAY), (even, ALL)):
-        run = partial(fetch, dim=2, have=have, need=need, fill="zeros", group=group, channels_last=True)
-        compiled = torch.compile(lambda x, run=run: run(x * 2) + 1, fullgraph=True, dynamic=False)
-        with torch.no_grad():
-            got = compiled(x[:, :, have[rank] : have[rank + 1]])
-        assert torch.equal(got, x[:, :, slice(*need[rank])] * 2 + 1), need
+
+    @torch.compile(fullgraph=True, dynamic=False)
+    def both(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        sent = fetch(one * 2, 2, HAVE, ONE_WAY, "zeros", group, channels_last=True)
+        return sent + 1, fetch(other * 2, 2, even, ALL, "zeros", group) + 1
+
+    with torch.no_grad():
+        sent, gathered = both(x[:, :, HAVE[rank] : HAVE[rank + 1]], x[:, :, even[rank] : even[rank + 1]])
+    assert torch.equal(sent, x[:, :, slice(*ONE_WAY[rank])] * 2 + 1)
+    assert torch.equal(gathered, x * 2 + 1)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,10 @@ LATEST = SECONDS + 2.0
 
 
 def outcome(call: Callable[[], Any]) -> dict[str, Any]:
-    """How a rank fared, as JSON: the error, the ranks it names, the seconds it took."""
+    """How a rank fared, as JSON: what it returned or the error and the ranks it names; the seconds it took."""
     start = time.monotonic()
     try:
-        call()
-        error: dict[str, Any] = {"error": None, "text": "", "ranks": []}
+        error: dict[str, Any] = {"error": None, "returned": call(), "text": "", "ranks": []}
     except BaseException as e:
         error = {"error": type(e).__name__, "text": str(e), "ranks": list(getattr(e, "ranks", ()))}
     return error | {"seconds": time.monotonic() - start}
@@ -125,6 +125,20 @@ def test_the_first_verdict_stands() -> None:
     assert agreement._settle(1, {"missing": [1], "seconds": 0.1}) == {"by": 1}
 
 
+def test_all_go_ahead_or_none() -> None:
+    """Arrivals all around the deadline: no rank goes into a collective that another has left."""
+
+    def uneasy(agreement: RankAgreement) -> list[bool]:
+        chance, went = random.Random(agreement.rank), []
+        for _ in range(25):
+            time.sleep(chance.random() * 0.03)
+            went.append(outcome(lambda: agrees()(agreement))["error"] is None)
+        return went
+
+    results = [r["returned"] for r in in_threads(uneasy, uneasy, uneasy, seconds=0.015)]
+    assert results[0] == results[1] == results[2] and len(set(results[0])) == 2, results
+
+
 def test_a_failure_reaches_those_who_wait_at_once() -> None:
     def fails(agreement: RankAgreement) -> None:
         with agreement.guarded("decoder"):
@@ -173,13 +187,14 @@ def test_over_a_file_store(tmp_path: Path) -> None:
     assert in_threads(on(0, agrees(1)), on(1, lambda _: None))[0]["ranks"] == [1]
 
 
-def test_alone_there_is_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+@pytest.mark.parametrize(("backend", "world"), [("gloo", 1), ("fake", 4)])
+def test_alone_there_is_nothing_to_do(backend: str, world: int) -> None:
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=world)
     try:
         alone = RankAgreement.of(None, 1)
     finally:
         dist.destroy_process_group()
-    assert alone.store is None
+    assert alone.store is None and list(alone.ranks) == list(range(world))
     alone.agree("decoder", GRAPH, [object()], check_values=True)
     with pytest.raises(ValueError, match="mine"), alone.guarded("decoder"):
         raise ValueError("mine")
@@ -188,11 +203,14 @@ def test_alone_there_is_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
 # Real processes: this file run as a script, three ranks, one session for the living and one for the dying.
 
 
+Scenarios = dict[str, Callable[[], Any]]
+
+
 def exchange(group: Any, world: int) -> None:
     dist.all_to_all_single(torch.empty(world), torch.ones(world), group=group)
 
 
-def living(agreement: RankAgreement, group: Any, rank: int, world: int) -> dict[str, Any]:
+def living(agreement: RankAgreement, group: Any, rank: int, world: int) -> Scenarios:
     odd, x = rank == 2, torch.ones(1, 16, 21, 60, 104)
 
     def own_error() -> None:
@@ -201,25 +219,30 @@ def living(agreement: RankAgreement, group: Any, rank: int, world: int) -> dict[
                 raise ValueError("boom")
             exchange(group, world)
 
+    def stays() -> None:
+        if odd:
+            time.sleep(SECONDS + 1)
+
     def skips() -> None:
         if odd:
             time.sleep(SECONDS + 1)  # it calls after all, when the others have given up
         agrees(x)(agreement)
 
     return {
-        "agrees": outcome(lambda: agrees(x, values=True)(agreement)),
-        "shape": outcome(lambda: agrees(x[:, :, : 20 if odd else 21])(agreement)),
-        "graph": outcome(lambda: agrees(x, graph=GRAPH[1:] if odd else GRAPH)(agreement)),
-        "values": outcome(lambda: agrees(1, x + odd, values=True)(agreement)),
-        "unchecked values": outcome(lambda: agrees(1, x + odd)(agreement)),
-        "works": outcome(lambda: exchange(group, world)),
-        "skips": outcome(skips),
-        "again": outcome(lambda: agrees(x)(agreement)),
-        "raises": outcome(own_error),  # the others' collective has to time out
+        "agrees": lambda: agrees(x, values=True)(agreement),
+        "shape": lambda: agrees(x[:, :, : 20 if odd else 21])(agreement),
+        "graph": lambda: agrees(x, graph=GRAPH[1:] if odd else GRAPH)(agreement),
+        "values": lambda: agrees(1, x + odd, values=True)(agreement),
+        "unchecked values": lambda: agrees(1, x + odd)(agreement),
+        "works": lambda: exchange(group, world),
+        "skips": skips,
+        "again": lambda: agrees(x)(agreement),
+        "raises": own_error,
+        "stays": stays,  # the rank that raised does not end, so the others' collective has to time out
     }
 
 
-def dying(agreement: RankAgreement, group: Any, rank: int, world: int) -> dict[str, Any]:
+def dying(agreement: RankAgreement, group: Any, rank: int, world: int) -> Scenarios:
     def inside() -> None:
         with agreement.guarded("decoder"):
             agrees(1)(agreement)
@@ -234,38 +257,20 @@ def dying(agreement: RankAgreement, group: Any, rank: int, world: int) -> dict[s
         agrees(1)(agreement)
 
     return {
-        "inside": outcome(inside),
-        "before": outcome(lambda: agrees(1)(agreement)),
-        "host": outcome(host),
+        "inside": inside,
+        "before": lambda: agrees(1)(agreement),
+        "host": host,
     }
 
 
-def timed(agreement: RankAgreement, group: Any, rank: int, world: int) -> dict[str, Any]:
+def timed(agreement: RankAgreement, group: Any, rank: int, world: int) -> Scenarios:
     x = torch.ones(1, 16, 21, 60, 104)
-    result = {}
-    for name, values in (("shapes", False), ("values of 2.1 million float32", True)):
-        start = time.perf_counter()
+
+    def many(values: bool) -> None:
         for _ in range(200):
             agrees(x, values=values)(agreement)
-        result[name] = f"{(time.perf_counter() - start) / 200 * 1e6:.0f} us a call"
-    return result
 
-
-def run_session(session: str, world: int, folder: Path) -> list[dict[str, Any]]:
-    """What each rank of the session says; {} for those that died."""
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    port = server.port
-    del server  # rank 0 hosts the store, as without torchrun
-    command = [sys.executable, __file__, session, str(world), str(port), str(folder)]
-    ranks = [subprocess.Popen([*command, str(rank)]) for rank in range(world)]
-    try:
-        for process in ranks:
-            process.wait(90)
-    finally:
-        for process in ranks:
-            process.kill()
-    files = [folder / f"{session}{rank}.json" for rank in range(world)]
-    return [json.loads(f.read_text()) if f.exists() else {} for f in files]
+    return {"200 agreements": lambda: many(False), "200 on the values of 2.1 million float32": lambda: many(True)}
 
 
 def one_rank(session: str, world: int, port: int, folder: str, rank: int) -> None:
@@ -274,15 +279,37 @@ def one_rank(session: str, world: int, port: int, folder: str, rank: int) -> Non
     group = dist.new_group(timeout=timedelta(seconds=SECONDS))
     agreement = RankAgreement.of(group, SECONDS)
     exchange(group, world)
-    found = {"living": living, "dying": dying, "timed": timed}[session](agreement, group, rank, world)
-    Path(folder, f"{session}{rank}.json").write_text(json.dumps(found))
+    found: dict[str, Any] = {}
+    for name, call in {"living": living, "dying": dying, "timed": timed}[session](
+        agreement, group, rank, world
+    ).items():
+        found[name] = outcome(call)
+        Path(folder, f"{session}{rank}.json").write_text(json.dumps(found))
     os._exit(0)  # a group with dead ranks is not to be taken down in order
+
+
+def run_sessions(names: Sequence[str], world: int, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """How each rank fared in each scenario that it lived to report. The sessions run side by side."""
+    running = []
+    for name in names:
+        server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        port = server.port
+        del server  # rank 0 hosts the store, as without torchrun
+        command = [sys.executable, __file__, name, str(world), str(port), str(folder)]
+        running += [subprocess.Popen([*command, str(rank)]) for rank in range(world)]
+    try:
+        for process in running:
+            process.wait(90)
+    finally:
+        for process in running:
+            process.kill()
+    files = {name: [folder / f"{name}{rank}.json" for rank in range(world)] for name in names}
+    return {name: [json.loads(f.read_text()) if f.exists() else {} for f in fs] for name, fs in files.items()}
 
 
 @pytest.fixture(scope="module")
 def sessions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    return {session: run_session(session, 3, folder) for session in ("living", "dying")}
+    return run_sessions(["living", "dying"], 3, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("scenario", ["agrees", "unchecked values", "works", "again"])
@@ -300,21 +327,21 @@ def test_processes_that_agree(sessions: Any, scenario: str) -> None:
         ("living", "raises", "decoder: rank 2 failed: ValueError: boom"),
         ("dying", "inside", "decoder: rank 2 left no word"),
         ("dying", "before", "decoder: rank 2 did not call within 2 s; rank "),
-        ("dying", "host", "the ranks' store is gone: rank 0"),
+        ("dying", "host", "the store of the ranks is gone: rank 0"),
     ],
 )
 def test_processes_that_do_not(sessions: Any, session: str, scenario: str, text: str) -> None:
     named = 0 if scenario == "host" else 2
-    for rank, results in enumerate(sessions[session]):
-        if not results:
-            assert session == "dying" and rank in (0, 2)  # rank 0 dies in the last scenario, before it could report
-            continue
-        result = results[scenario]
+    living = [0, 1, 2] if session == "living" else [1] if scenario == "host" else [0, 1]
+    reported = [rank for rank, results in enumerate(sessions[session]) if scenario in results]
+    assert reported == living
+    for rank in living:
+        result = sessions[session][rank][scenario]
         if (scenario, rank) == ("raises", 2):
-            assert result["error"] == "ValueError"
+            assert result["error"] == "ValueError" and result["seconds"] < 1
             continue
         assert result["error"] == "RankError" and result["ranks"] == [named] and text in result["text"], result
-        assert result["seconds"] < LATEST or (scenario, rank) == ("skips", 2), result
+        assert result["seconds"] < LATEST + (SECONDS + 1 if (scenario, rank) == ("skips", 2) else 0), result
 
 
 if __name__ == "__main__":
@@ -322,6 +349,6 @@ if __name__ == "__main__":
         import tempfile
 
         with tempfile.TemporaryDirectory() as place:
-            print(run_session("timed", int(sys.argv[2]), Path(place))[0])
+            print(run_sessions(["timed"], int(sys.argv[2]), Path(place)))
     else:
         one_rank(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], int(sys.argv[5]))
