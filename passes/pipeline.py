@@ -21,11 +21,13 @@ from pvae.passes.drop_zero_taps import DROP_ZERO_TAPS
 from pvae.passes.fold_pad import FOLD_PAD
 from pvae.passes.fuse_modulation import FUSE_MODULATION, FUSE_RESIDUAL_GATE
 from pvae.passes.output_layout import lay_out_outputs
+from pvae.passes.prefix_attention import PREFIX_ATTENTION
 from pvae.passes.rule import Context, Pass, Report
 from pvae.passes.verify import Signature, verify
 
 PASSES: tuple[Pass, ...] = (
     CANONICALIZE,  # first: every later rule matches one spelling
+    PREFIX_ATTENTION,  # early: what made the mask, thousands of nodes perhaps, is gone for the others
     FUSE_MODULATION,  # on the norms as written
     FUSE_RESIDUAL_GATE,  # after the norms have taken the residuals before them
     DROP_ZERO_TAPS,  # before pads are folded or unfolded: it reads them, and what it drops need not be unfolded

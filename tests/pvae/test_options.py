@@ -14,7 +14,7 @@ from pvae.options import CHOICES, NAMES, Options, parse_options
 
 def test_defaults_need_no_environment() -> None:
     assert parse_options(None, {}) == Options()
-    assert str(Options().pipeline).startswith("canonicalize,fuse_modulation,")
+    assert str(Options().pipeline).startswith("canonicalize,prefix_attention,")
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -100,7 +100,7 @@ def test_the_environment_wins_and_disable_is_the_union() -> None:
     assert (found.conv3d, found.disable, found.rewrite_limit) == ("unfold2d", ("fold_pad", "canonicalize"), 0)
     assert (
         str(found.pipeline)
-        == "fuse_modulation,fuse_residual_gate,drop_zero_taps,conv_dtype,conv3d_unfold,channels_last"
+        == "prefix_attention,fuse_modulation,fuse_residual_gate,drop_zero_taps,conv_dtype,conv3d_unfold,channels_last"
     )
     assert parse_options({}, {"PVAE_REWRITE_LIMIT": ""}).rewrite_limit is None
 
