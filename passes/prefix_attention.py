@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 
 from pvae.passes.ir import CASTS, Builder, aten, is_tensor, static, value
@@ -103,7 +104,9 @@ def _is_zero(number: Any) -> bool:
     if isinstance(number, Node) and number.op == "get_attr":
         module = number.graph.owning_module
         tensor = getattr(module, str(number.target))
-        return tensor.numel() == 1 and tensor.item() == 0
+        tensor = getattr(tensor, "constant", tensor)  # a fake tensor keeps the number that it was made from, or None
+        with torch.utils._python_dispatch._disable_current_modes():
+            return tensor is not None and tensor.numel() == 1 and tensor.item() == 0
     return isinstance(number, (int, float)) and number == 0
 
 

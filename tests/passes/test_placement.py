@@ -285,6 +285,7 @@ def test_the_example_of_the_module() -> None:
 
 def test_pooling_begins_at_the_last_possible_multiple_of_the_stride() -> None:
     assert locals_of(Pool(3, 2, padding=(1, 1)), 16, (0, 4, 8))[1] == Local((6, 16), (1, 1), (1, 0))
+    assert locals_of(Pool(2, 2), 16, (0, 4, 8))[1] == Local((8, 16))
 
 
 def test_whole_factors_need_no_taps() -> None:
@@ -294,6 +295,12 @@ def test_whole_factors_need_no_taps() -> None:
         todo = locals_of(op, 30, (0, 10 * factor, 30 * factor))[1]
         halo = mode == "linear" and factor > 1
         assert not todo.taps and todo.need == (9 if halo else 10, 30)
+
+
+def test_aligned_corners_stay_inside() -> None:
+    for n, out in product(range(1, 60), range(1, 120)):
+        last = locals_of(Resample("linear", out, align_corners=True), n, (0, out - 1, out))[1]
+        assert last.need[1] <= n
 
 
 def test_taps_where_the_scale_is_not_the_sizes() -> None:
@@ -407,6 +414,11 @@ def test_reshape_says_why_not() -> None:
         reshape_dims((4,), (5,), Split(0, (0, 4)))
     with pytest.raises(ValueError, match="not of size 3"):
         reshape_dims((4,), (2, 2), Split(0, (0, 3)))
+
+
+def test_squeeze_moves_what_stands_behind() -> None:
+    assert squeeze_dims((2, 1, 3, 1), (1, 3), Split(0, (0, 1, 2))) == Split(0, (0, 1, 2))
+    assert squeeze_dims((2, 1, 3, 1), (1, 3), Split(2, (0, 1, 3))) == Split(1, (0, 1, 3))
 
 
 @given(st.data(), st.integers(1, 9), st.integers(1, 3))
