@@ -54,7 +54,7 @@ def _compared(mask: Node) -> list[int] | None:
     assert isinstance(mesh, Node)
     if mesh.target is not aten.meshgrid.indexing or mesh.kwargs.get("indexing") != "xy":
         return None
-    rows, columns = mesh.args[0]  # type: ignore[misc, union-attr]
+    rows, columns = mesh.args[0]
     if rows is not columns or not isinstance(rows, Node) or rows.target is not aten.repeat_interleave.self_int:
         return None
     frames, each = rows.args[:2]
@@ -71,7 +71,7 @@ def _written(mask: Node, n: int) -> list[int] | None:
         stop = _zeroed(row, before, index, n) if dim == 0 and isinstance(index, int) else None
         if stop is None or index in found or not isinstance(before, Node):
             return None
-        found[index] = stop  # type: ignore[index]
+        found[index] = stop
         mask = before
     if mask.target is not aten.full.default or mask.args[1] != -math.inf or len(found) != n:
         return None

@@ -215,7 +215,8 @@ class CompiledForward:
             except (*DATA_DEPENDENT, RuntimeError) as error:
                 if not isinstance(error, DATA_DEPENDENT) and NO_NUMPY not in str(error):
                     raise
-                return self._dynamo(error)
+                self._leave_to_dynamo(error)
+                return None
             finally:
                 watch.restore()
             if written:
@@ -242,7 +243,7 @@ class CompiledForward:
             compiled, traced.result, traced.spec, tuple(traced.effects), returns_inputs, capture.mutated, report
         )
 
-    def _dynamo(self, error: Exception) -> None:
+    def _leave_to_dynamo(self, error: Exception) -> None:
         """Leave a forward that decides by a tensor's value to Dynamo, which breaks the graph there."""
         first = str(error).strip().splitlines()[0]
         complain(
