@@ -15,30 +15,32 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pvae.passes.placement import (
-    Bounds,
+from pvae.passes.index_map import (
     Flip,
     IndexMap,
-    Interval,
     Local,
     Pool,
     Repeat,
     Resample,
-    Split,
     Transposed,
     Window,
     cat_bounds,
     cat_needs,
-    clip,
-    even,
-    expand_dims,
     follow,
     locals_of,
     pad,
+    slicing,
+)
+from pvae.passes.placement import (
+    Bounds,
+    Interval,
+    Split,
+    clip,
+    even,
+    expand_dims,
     permute_dims,
     reshape_dims,
     reshape_route,
-    slicing,
     squeeze_dims,
     transpose_dims,
     unsqueeze_dims,
