@@ -90,8 +90,8 @@ class ModelReport:
             lines += [f"  note: {note}" for note in graph.notes]
             for p in graph.passes:
                 rules = ", ".join(f"{rule} {n}" for rule, n in Counter(r.rule for r in p.matches).items())
-                lines.append(f"  {p.name:16s} {len(p.matches):4d} rewrites" + (f": {rules}" if rules else ""))
-                lines += [f"  {'':16s}      left alone {text}" for text in _grouped(p)]
+                lines.append(f"  {p.name:18s} {len(p.matches):4d} rewrites" + (f": {rules}" if rules else ""))
+                lines += [f"  {'':18s}      left alone {text}" for text in _grouped(p)]
         return "\n".join(lines)
 
 

@@ -35,6 +35,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pvae.runtime.torch_compat import default_store
+
 GRACE = 0.8  # seconds that a failing rank gives the others, once to leave word and once to read it
 LISTED = 4  # differences that an error spells out
 # gloo raises plain RuntimeErrors. The second text is what its pairs say after the first timeout.
@@ -72,7 +74,7 @@ class RankAgreement:
         if len(ranks) == 1 or dist.get_backend(group) == "fake":  # of a fake group's ranks only this one exists
             return cls(None, rank, ranks, seconds)
         name = (group or dist.group.WORLD).group_name
-        return cls(dist.PrefixStore(f"pvae/agreement/{name}", _group_store()), rank, ranks, seconds)
+        return cls(dist.PrefixStore(f"pvae/agreement/{name}", default_store()), rank, ranks, seconds)
 
     def agree(
         self, model: str, collectives: tuple[str, ...], inputs: Sequence[Any], *, check_values: bool = False
@@ -269,11 +271,6 @@ def _hash(tensor: torch.Tensor) -> str:
 
 def _names(ranks: Sequence[int]) -> str:
     return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
-
-
-def _group_store() -> dist.Store:
-    """The default group's store, by a connection of our own: a client that waits blocks all who share it."""
-    return dist.distributed_c10d._get_default_store().clone()
 
 
 @contextlib.contextmanager

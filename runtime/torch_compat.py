@@ -38,6 +38,7 @@ __all__ = [
     "conv_backend",
     "cpp_compiler",
     "current_frame",
+    "default_store",
     "enable_python_dispatcher",
     "free_unbacked_symbols",
     "functional_graph",
@@ -53,6 +54,11 @@ __all__ = [
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 is_compiling = torch.compiler.is_compiling
 autocast_enabled = torch._C._is_any_autocast_enabled
+
+
+def default_store() -> torch.distributed.Store:
+    """The default group's store, by a connection of our own: a client that waits blocks all who share it."""
+    return torch.distributed.distributed_c10d._get_default_store().clone()
 
 
 def inductor_settings() -> str:
