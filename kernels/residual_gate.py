@@ -16,11 +16,11 @@ from torch import Tensor
 from pvae.kernels.norm_launch import run
 from pvae.kernels.norm_launch import supports as norm_supports
 from pvae.kernels.norm_layout import Operands
-from pvae.kernels.norm_op import functional_op
+from pvae.kernels.norm_op import functional_op, like_x
 from pvae.kernels.norm_reference import reference as norm_reference
 
 
-@functional_op
+@functional_op(fake=lambda residual, x, out_dtype=None, **_: like_x(x, out_dtype or residual.dtype))
 def residual_gate(
     residual: Tensor,
     x: Tensor,
@@ -34,18 +34,6 @@ def residual_gate(
     h = run("none", operands, 0.0, 1.0, out_dtype or residual.dtype, None)[0]
     assert h is not None
     return h
-
-
-@torch.library.register_fake("pvae::residual_gate")
-def _(
-    residual: Tensor,
-    x: Tensor,
-    gate: Tensor | None,
-    out_dtype: torch.dtype | None = None,
-    gate1: Tensor | None = None,
-    index: Tensor | None = None,
-) -> Tensor:
-    return x.new_empty(x.shape, dtype=out_dtype or residual.dtype)
 
 
 def reference(operands: Operands, out_dtype: torch.dtype | None = None) -> Tensor:

@@ -18,11 +18,11 @@ from torch import Tensor
 from pvae.kernels.norm_launch import run
 from pvae.kernels.norm_launch import supports as norm_supports
 from pvae.kernels.norm_layout import Operands
-from pvae.kernels.norm_op import functional_op
+from pvae.kernels.norm_op import functional_op, like_residual_and_x
 from pvae.kernels.norm_reference import reference as norm_reference
 
 
-@functional_op
+@functional_op(fake=like_residual_and_x)
 def residual_gate_layer_norm_modulate(
     residual: Tensor,
     x: Tensor,
@@ -48,27 +48,6 @@ def residual_gate_layer_norm_modulate(
     h, y = run("layer", operands, eps, scale_constant, h_dtype or residual.dtype, out_dtype or x.dtype)
     assert h is not None and y is not None
     return h, y
-
-
-@torch.library.register_fake("pvae::residual_gate_layer_norm_modulate")
-def _(
-    residual: Tensor,
-    x: Tensor,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    eps: float,
-    scale_constant: float = 1.0,
-    h_dtype: torch.dtype | None = None,
-    out_dtype: torch.dtype | None = None,
-    gate1: Tensor | None = None,
-    scale1: Tensor | None = None,
-    shift1: Tensor | None = None,
-    index: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=h_dtype or residual.dtype), x.new_empty(x.shape, dtype=out_dtype or x.dtype)
 
 
 def reference(

@@ -20,11 +20,11 @@ from torch import Tensor
 from pvae.kernels.norm_launch import run
 from pvae.kernels.norm_launch import supports as norm_supports
 from pvae.kernels.norm_layout import Operands
-from pvae.kernels.norm_op import functional_op
+from pvae.kernels.norm_op import functional_op, like_x
 from pvae.kernels.norm_reference import reference as norm_reference
 
 
-@functional_op
+@functional_op(fake=like_x)
 def rms_norm_modulate(
     x: Tensor,
     weight: Tensor | None,
@@ -42,22 +42,6 @@ def rms_norm_modulate(
     y = run("rms", operands, eps, scale_constant, None, out_dtype or x.dtype)[1]
     assert y is not None
     return y
-
-
-@torch.library.register_fake("pvae::rms_norm_modulate")
-def _(
-    x: Tensor,
-    weight: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    eps: float,
-    scale_constant: float = 1.0,
-    out_dtype: torch.dtype | None = None,
-    scale1: Tensor | None = None,
-    shift1: Tensor | None = None,
-    index: Tensor | None = None,
-) -> Tensor:
-    return x.new_empty(x.shape, dtype=out_dtype or x.dtype)
 
 
 def reference(
