@@ -19,9 +19,12 @@ from pvae.tools.zoo.packed_transformers import PACKED_TRANSFORMERS
 from pvae.tools.zoo.transformer import TransformerEntry, draw_weights
 from pvae.tools.zoo.video import VIDEO
 from pvae.tools.zoo.video_transformers import VIDEO_TRANSFORMERS
+from pvae.tools.zoo.wan_transformers import WAN_TRANSFORMERS
 
 ENTRIES: Mapping[str, Entry] = VIDEO | IMAGE
-TRANSFORMERS: Mapping[str, TransformerEntry] = VIDEO_TRANSFORMERS | PACKED_TRANSFORMERS | IMAGE_TRANSFORMERS
+TRANSFORMERS: Mapping[str, TransformerEntry] = (
+    WAN_TRANSFORMERS | VIDEO_TRANSFORMERS | PACKED_TRANSFORMERS | IMAGE_TRANSFORMERS
+)
 _NAMES = {"autoencoder": tuple(ENTRIES), "transformer": tuple(TRANSFORMERS)}
 _PRESETS = ("tiny", "full")
 

@@ -5,152 +5,27 @@ latents: (frames, height, width) after the autoencoder.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
-from pvae.tools.zoo.case import Call, forward
-from pvae.tools.zoo.transformer import Inputs, Sizes, TransformerEntry, latents, text, timestep, tokens
-
-_HEADS: dict[str, object] = {"num_attention_heads": 4, "attention_head_dim": 12}
-_THREE_HEADS: dict[str, object] = {"num_attention_heads": 3, "attention_head_dim": 16}
-_TINY_SIZE = Sizes((3, 4, 6), text=5, batch=2)
-_FULL_SIZE = Sizes((21, 60, 104), text=512)  # 81 frames of 480 x 832
-
-
-def _video(channels: int, sizes: Sizes, frames: int | None = None) -> torch.Tensor:
-    """`[B, channels, T, H, W]`, of `frames` frames if given."""
-    first, *rest = sizes.latent
-    return torch.randn(sizes.batch, channels, first if frames is None else frames, *rest)
-
-
-def _mask(sizes: Sizes, length: int | None = None) -> torch.Tensor:
-    """`[B, text tokens]` of bool, the last one padding."""
-    length = sizes.text if length is None else length
-    return (torch.arange(length) < length - 1).expand(sizes.batch, -1)
-
-
-def _many(sizes: Sizes, count: int) -> int:
-    """`count`, but 7 beside a short text, which is a tiny case."""
-    return count if sizes.text > 50 else 7
-
-
-def _rotary(extents: tuple[int, ...], channels: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines `[L, sum(channels)]` of rotary angles, `channels[i]` of them for the place on axis i."""
-    axes = torch.meshgrid(*(torch.arange(extent, dtype=torch.float32) for extent in extents), indexing="ij")
-    rates = [10000 ** -(torch.arange(0, count, 2) / count) for count in channels]
-    angles = torch.cat([axis.reshape(-1, 1) * rate for axis, rate in zip(axes, rates, strict=True)], dim=-1)
-    angles = angles.repeat_interleave(2, dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def _and(*parts: Inputs) -> Inputs:
-    """What all of `parts` give, a later one in place of an earlier."""
-
-    def inputs(model: Any, sizes: Sizes) -> Mapping[str, object]:
-        taken: dict[str, object] = {}
-        for part in parts:
-            taken |= part(model, sizes)
-        return taken
-
-    return inputs
-
-
-def _common(text_channels: str, scale: float = 1000.0) -> Inputs:
-    """Latents, a text of the width that the configuration calls `text_channels` and a time up to `scale`."""
-    return lambda model, sizes: {
-        "hidden_states": latents(model, sizes),
-        "encoder_hidden_states": text(sizes, model.config[text_channels]),
-        "timestep": timestep(sizes, scale),
-    }
-
-
-def _masked(model: Any, sizes: Sizes) -> Mapping[str, object]:
-    return {"encoder_attention_mask": _mask(sizes)}
-
-
-def _cast_for(path: str) -> Inputs:
-    """No inputs: what the submodule `path` is given takes the dtype of its weights.
-
-    It is the time's sines, which the class makes in float32 and gives to weights that diffusers keeps in float32 when
-    it loads them (Kandinsky), or casts for half precision but not for double (Motif).
-    """
-
-    def inputs(model: Any, sizes: Sizes) -> Mapping[str, object]:
-        def cast(module: nn.Linear, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-            return (args[0].to(module.weight.dtype),)
-
-        model.get_submodule(path).register_forward_pre_hook(cast)
-        return {}
-
-    return inputs
-
-
-def _with_sound(model: Any, inputs: Sequence[torch.Tensor], kwargs: Mapping[str, object]) -> torch.Tensor:
-    """The picture and the sound, `[B, numbers of both]`."""
-    return torch.cat([part.flatten(1) for part in model(*inputs, **kwargs, return_dict=False)], dim=1)
-
-
-# Wan and its kin
-
-
-_wan = _common("text_dim")
-
-
-def _clip(model: Any, sizes: Sizes) -> Mapping[str, object]:
-    """A picture as CLIP's 257 tokens."""
-    return {"encoder_hidden_states_image": torch.randn(sizes.batch, 257, model.config.image_dim)}
-
-
-def _known_first_frame(model: Any, sizes: Sizes) -> Mapping[str, object]:
-    """A time for each token, 0 in the first frame, as Wan's pipelines make with `expand_timesteps`."""
-    frame = sizes.latent[1] * sizes.latent[2] // 4
-    known = torch.arange(sizes.latent[0] * frame) < frame
-    return {"timestep": timestep(sizes)[:, None].where(~known, 0.0)}
-
-
-def _vace(model: Any, sizes: Sizes) -> Mapping[str, object]:
-    return {
-        "control_hidden_states": _video(model.config.vace_in_channels, sizes),
-        "control_hidden_states_scale": torch.linspace(1.0, 0.5, len(model.config.vace_layers)),
-    }
-
-
-def _animate(model: Any, sizes: Sizes) -> Mapping[str, object]:
-    """A pose for all frames but the first, which is the character's picture, and a face for each of their pixels'."""
-    after = sizes.latent[0] - 1
-    side = model.config.motion_encoder_size
-    return {
-        "pose_hidden_states": _video(model.config.latent_channels, sizes, after),
-        "face_pixel_values": torch.rand(sizes.batch, 3, 4 * after - 3, side, side) * 2 - 1,
-    }
-
-
-def _forcing(model: Any, sizes: Sizes) -> Mapping[str, object]:
-    """A time for each frame, later frames noisier."""
-    times = timestep(sizes)[:, None] * 0.5 ** torch.arange(sizes.latent[0]).flip(0).clamp(max=4)
-    return {"timestep": times, "enable_diffusion_forcing": True, "fps": [0] * sizes.batch}
-
-
-def _anyflow(model: Any, sizes: Sizes) -> Mapping[str, object]:
-    """Frames before channels; from one time to another, both of each frame."""
-    time = timestep(sizes)[:, None].repeat(1, sizes.latent[0])
-    return {"hidden_states": latents(model, sizes).transpose(1, 2), "timestep": time, "r_timestep": time / 4}
-
-
-def _helios(model: Any, sizes: Sizes) -> Mapping[str, object]:
-    """A long, a middle and a short history before the frames to make."""
-    counts = {"long": 16, "mid": 2, "short": 2}
-    taken: dict[str, object] = {}
-    start = 0
-    for name, frames in counts.items():
-        taken[f"latents_history_{name}"] = _video(model.config.in_channels, sizes, frames)
-        taken[f"indices_latents_history_{name}"] = torch.arange(start, start + frames).expand(sizes.batch, -1)
-        start += frames
-    return taken | {"indices_hidden_states": torch.arange(start, start + sizes.latent[0]).expand(sizes.batch, -1)}
-
+from pvae.tools.zoo.transformer import Sizes, TransformerEntry, latents, text, timestep, tokens
+from pvae.tools.zoo.video_inputs import (
+    HEADS,
+    THREE_HEADS,
+    cast_for,
+    combined,
+    common,
+    entry,
+    known_first_frame,
+    many,
+    mask,
+    masked,
+    rotary,
+    video,
+    with_sound,
+)
 
 # HunyuanVideo and its kin
 
@@ -163,7 +38,7 @@ def _guided(model: Any, sizes: Sizes) -> Mapping[str, object]:
     return {"guidance": timestep(sizes, 8000.0)}
 
 
-_hunyuan = _and(_common("text_embed_dim"), _masked, _pooled)
+_hunyuan = combined(common("text_embed_dim"), masked, _pooled)
 
 
 def _hunyuan15(model: Any, sizes: Sizes) -> Mapping[str, object]:
@@ -171,8 +46,8 @@ def _hunyuan15(model: Any, sizes: Sizes) -> Mapping[str, object]:
     config, glyphs = model.config, max(2, sizes.text // 4)
     return {
         "encoder_hidden_states_2": torch.randn(sizes.batch, glyphs, config.text_embed_2_dim),
-        "encoder_attention_mask_2": _mask(sizes, glyphs),
-        "image_embeds": torch.randn(sizes.batch, _many(sizes, 729), config.image_embed_dim),
+        "encoder_attention_mask_2": mask(sizes, glyphs),
+        "image_embeds": torch.randn(sizes.batch, many(sizes, 729), config.image_embed_dim),
     }
 
 
@@ -180,16 +55,16 @@ def _framepack(model: Any, sizes: Sizes) -> Mapping[str, object]:
     """Two clean frames, two in patches of twice the side and sixteen in patches of four times, before those to make."""
     channels, taken, start = model.config.in_channels, {}, 0
     for name, frames in (("history_4x", 16), ("history_2x", 2), ("clean", 2)):
-        taken[f"latents_{name}"] = _video(channels, sizes, frames)
+        taken[f"latents_{name}"] = video(channels, sizes, frames)
         taken[f"indices_latents_{name}"] = torch.arange(start, start + frames)
         start += frames
     indices = torch.arange(start, start + sizes.latent[0])
-    picture = torch.randn(sizes.batch, _many(sizes, 729), model.config.image_proj_dim)
+    picture = torch.randn(sizes.batch, many(sizes, 729), model.config.image_proj_dim)
     return taken | {"indices_latents": indices, "image_embeds": picture}
 
 
 def _motif(model: Any, sizes: Sizes) -> Mapping[str, object]:
-    return {"image_embeds": torch.randn(sizes.batch, _many(sizes, 729), model.config.image_embed_dim)}
+    return {"image_embeds": torch.randn(sizes.batch, many(sizes, 729), model.config.image_embed_dim)}
 
 
 # LTX and its kin
@@ -201,7 +76,7 @@ def _ltx(model: Any, sizes: Sizes) -> Mapping[str, object]:
         "hidden_states": tokens(model, sizes, 1),
         "encoder_hidden_states": text(sizes, model.config.caption_channels),
         "timestep": timestep(sizes),
-        "encoder_attention_mask": _mask(sizes),
+        "encoder_attention_mask": mask(sizes),
         "num_frames": frames,
         "height": height,
         "width": width,
@@ -216,11 +91,11 @@ def _each_token(model: Any, sizes: Sizes) -> Mapping[str, object]:
 
 
 def _ltx2(model: Any, sizes: Sizes) -> Mapping[str, object]:
-    sound = _many(sizes, 126)
+    sound = many(sizes, 126)
     return {
         "audio_hidden_states": torch.randn(sizes.batch, sound, model.config.audio_in_channels),
         "audio_encoder_hidden_states": text(sizes, model.config.caption_channels),
-        "audio_encoder_attention_mask": _mask(sizes),
+        "audio_encoder_attention_mask": mask(sizes),
         "audio_num_frames": sound,
     }
 
@@ -232,14 +107,14 @@ def _frames_first(model: Any, sizes: Sizes) -> Mapping[str, object]:
     return {"hidden_states": latents(model, sizes).transpose(1, 2)}
 
 
-_cogvideox = _and(_common("text_embed_dim"), _frames_first)
+_cogvideox = combined(common("text_embed_dim"), _frames_first)
 
 
 def _cogvideox_rotary(model: Any, sizes: Sizes) -> Mapping[str, object]:
     head, patch = model.config.attention_head_dim, model.config.patch_size
     frames, height, width = sizes.latent
     extents = (frames // (model.config.get("patch_size_t") or 1), height // patch, width // patch)
-    return {"image_rotary_emb": _rotary(extents, (head // 4, head // 8 * 3, head // 8 * 3))}
+    return {"image_rotary_emb": rotary(extents, (head // 4, head // 8 * 3, head // 8 * 3))}
 
 
 def _ofs(model: Any, sizes: Sizes) -> Mapping[str, object]:
@@ -248,7 +123,7 @@ def _ofs(model: Any, sizes: Sizes) -> Mapping[str, object]:
 
 def _consisid(model: Any, sizes: Sizes) -> Mapping[str, object]:
     """A face, as a vector and as a vision transformer's tokens at five depths."""
-    config, seen = model.config, _many(sizes, 577)
+    config, seen = model.config, many(sizes, 577)
     return {
         "id_cond": torch.randn(sizes.batch, config.LFE_id_dim),
         "id_vit_hidden": [torch.randn(sizes.batch, seen, config.LFE_vit_dim) for _ in range(config.LFE_num_scale)],
@@ -264,8 +139,8 @@ def _allegro(model: Any, sizes: Sizes) -> Mapping[str, object]:
     extents = (frames, height // 2, width // 2)
     axes = [torch.arange(extent) for extent in extents]
     places = torch.cartesian_prod(*axes).T.reshape(3, 1, -1)
-    angles = tuple(_rotary((extent,), (model.config.attention_head_dim // 3,)) for extent in extents)
-    return {"encoder_attention_mask": _mask(sizes), "image_rotary_emb": (angles, tuple(places))}
+    angles = tuple(rotary((extent,), (model.config.attention_head_dim // 3,)) for extent in extents)
+    return {"encoder_attention_mask": mask(sizes), "image_rotary_emb": (angles, tuple(places))}
 
 
 def _cosmos(model: Any, sizes: Sizes) -> Mapping[str, object]:
@@ -277,7 +152,7 @@ def _cosmos_conditioned(model: Any, sizes: Sizes) -> Mapping[str, object]:
     frames = sizes.latent[0]
     rest = 0.5 ** torch.arange(frames).flip(0).clamp(max=4)
     return {
-        "hidden_states": _video(model.config.in_channels - 1, sizes),
+        "hidden_states": video(model.config.in_channels - 1, sizes),
         "condition_mask": torch.randn(sizes.batch, 1, *sizes.latent),
         "timestep": timestep(sizes, 1.0).reshape(-1, 1, 1, 1, 1) * rest.reshape(-1, 1, 1),
     }
@@ -300,17 +175,17 @@ def _kandinsky5(model: Any, sizes: Sizes) -> Mapping[str, object]:
 
 
 def _kandinsky6(model: Any, sizes: Sizes) -> Mapping[str, object]:
-    sound = _many(sizes, 126)
+    sound = many(sizes, 126)
     return {
         "audio_hidden_states": torch.randn(sizes.batch, sound, model.config.in_audio_dim),
-        "encoder_attention_mask": _mask(sizes),
+        "encoder_attention_mask": mask(sizes),
     }
 
 
 def _minimax(model: Any, sizes: Sizes) -> Mapping[str, object]:
     """Text, picture and sound in one sequence; the first frame is known, so it has another time than the rest."""
     config, (frames, height, width) = model.config, sizes.latent
-    rows, columns, sound = height // 2, width // 2, _many(sizes, 126)
+    rows, columns, sound = height // 2, width // 2, many(sizes, 126)
     counts = (sizes.text, frames * rows * columns, sound)
     indices = torch.arange(sum(counts)).split(counts)
     video = torch.cartesian_prod(torch.arange(frames), torch.arange(rows), torch.arange(columns))
@@ -337,28 +212,12 @@ def _sana_wm(model: Any, sizes: Sizes) -> Mapping[str, object]:
     return {
         "timestep": times.long(),
         "encoder_hidden_states": text(sizes, model.config.caption_channels)[:, None],
-        "chunk_plucker": _video(model.config.chunk_plucker_channels, sizes),
+        "chunk_plucker": video(model.config.chunk_plucker_channels, sizes),
     }
 
 
-def _entry(
-    cls: str,
-    tiny: Mapping[str, object],
-    full: Mapping[str, object],
-    inputs: Inputs,
-    *blocks: str,
-    full_size: Sizes = _FULL_SIZE,
-    tiny_size: Sizes = _TINY_SIZE,
-    call: Call = forward,
-) -> TransformerEntry:
-    return TransformerEntry(cls, tiny, full, inputs, tiny_size, full_size, blocks or ("transformer_blocks",), call)
-
-
-_TINY_WAN = _HEADS | {"in_channels": 4, "out_channels": 4, "text_dim": 32, "ffn_dim": 96, "num_layers": 2}
-_TINY_PICTURE: dict[str, object] = {"in_channels": 10, "image_dim": 20, "added_kv_proj_dim": 48}
-_FULL_PICTURE: dict[str, object] = {"num_layers": 1, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
 _TINY_HUNYUAN = (
-    _HEADS
+    HEADS
     | {"in_channels": 4, "out_channels": 4, "num_layers": 2, "num_single_layers": 2}
     | {"text_embed_dim": 32, "pooled_projection_dim": 24, "rope_axes_dim": (4, 4, 4)}
 )
@@ -366,9 +225,7 @@ _FULL_HUNYUAN: dict[str, object] = {"num_layers": 1, "num_single_layers": 1}
 _HUNYUAN_BLOCKS = ("transformer_blocks", "single_transformer_blocks")
 _HUNYUAN_SIZE = Sizes((33, 90, 160), text=256)  # 129 frames of 720 x 1280
 _TINY_LTX = (
-    _HEADS
-    | {"in_channels": 8, "out_channels": 8, "cross_attention_dim": 48}
-    | {"caption_channels": 32, "num_layers": 2}
+    HEADS | {"in_channels": 8, "out_channels": 8, "cross_attention_dim": 48} | {"caption_channels": 32, "num_layers": 2}
 )
 _TINY_LTX2 = (
     _TINY_LTX
@@ -378,7 +235,7 @@ _TINY_LTX2 = (
 _LTX_SIZE = Sizes((16, 16, 22), text=128)  # 121 frames of 512 x 704
 _LTX2_SIZE = Sizes((16, 16, 24), text=1024)  # 121 frames of 512 x 768
 _TINY_COGVIDEOX = (
-    _THREE_HEADS
+    THREE_HEADS
     | {"in_channels": 4, "out_channels": 4, "time_embed_dim": 24, "text_embed_dim": 32, "num_layers": 2}
     | {"sample_width": 6, "sample_height": 4, "sample_frames": 9, "max_text_seq_length": 5}
 )
@@ -392,7 +249,7 @@ _COSMOS2: dict[str, object] = {"extra_pos_embed_type": None, "concat_padding_mas
     "rope_scale": (1.0, 4.0, 4.0)
 }
 _TINY_COSMOS = (
-    _HEADS
+    HEADS
     | {"in_channels": 4, "out_channels": 4, "num_layers": 2, "text_embed_dim": 32}
     | {"adaln_lora_dim": 8, "max_size": (4, 8, 8)}
 )
@@ -408,128 +265,53 @@ _LATTE: dict[str, object] = (
     | {"norm_elementwise_affine": False, "norm_eps": 1e-6}
 )
 _TINY_SANA = (
-    _HEADS
+    HEADS
     | {"in_channels": 4, "out_channels": 4, "num_layers": 2, "num_cross_attention_heads": 4}
     | {"cross_attention_head_dim": 12, "cross_attention_dim": 48, "caption_channels": 32}
     | {"sample_size": 6}
 )
 _SANA_SIZE = Sizes((21, 60, 104), text=300)  # 81 frames of 480 x 832
-_sana = _and(_common("caption_channels"), _masked)
+_sana = combined(common("caption_channels"), masked)
 
 VIDEO_TRANSFORMERS: dict[str, TransformerEntry] = {
-    # 14B text to video; Wan 2.2 has the same transformer, twice.
-    "wan2.1-dit": _entry("WanTransformer3DModel", _TINY_WAN, {"num_layers": 1}, _wan, "blocks"),
-    "wan2.1-i2v-dit": _entry(
-        "WanTransformer3DModel",
-        _TINY_WAN | _TINY_PICTURE,
-        _FULL_PICTURE,
-        _and(_wan, _clip),
-        "blocks",
-    ),
-    "wan2.2-ti2v-dit": _entry(
-        "WanTransformer3DModel",
-        _TINY_WAN,
-        {"num_layers": 1, "num_attention_heads": 24, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48},
-        _and(_wan, _known_first_frame),
-        "blocks",
-        full_size=Sizes((31, 44, 80), text=512),  # 121 frames of 704 x 1280
-    ),
-    "wan-vace-dit": _entry(
-        "WanVACETransformer3DModel",
-        _TINY_WAN | {"vace_layers": [0, 1], "vace_in_channels": 6},
-        {"num_layers": 2, "vace_layers": [0]},
-        _and(_wan, _vace),
-        "blocks",
-        "vace_blocks",
-    ),
-    "wan-animate-dit": _entry(
-        "WanAnimateTransformer3DModel",
-        _TINY_WAN
-        | {"in_channels": 12, "latent_channels": 4, "image_dim": 20, "added_kv_proj_dim": 48}
-        | {"motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 8}, "motion_encoder_size": 16}
-        | {"motion_style_dim": 12, "motion_dim": 4, "motion_encoder_dim": 12}
-        | {"face_encoder_hidden_dim": 16, "face_encoder_num_heads": 2}
-        | {"inject_face_latents_blocks": 1},
-        {"num_layers": 2, "added_kv_proj_dim": 5120, "inject_face_latents_blocks": 2},  # of 5, as published
-        _and(_wan, _clip, _animate),
-        "blocks",
-        "face_adapter",
-        full_size=Sizes((21, 90, 160), text=512),
-    ),
-    "skyreels-v2-dit": _entry(
-        "SkyReelsV2Transformer3DModel",
-        _TINY_WAN,
-        {"num_layers": 1, "num_attention_heads": 40, "ffn_dim": 13824},
-        _wan,
-        "blocks",
-        full_size=Sizes((25, 68, 120), text=512),  # 97 frames of 544 x 960
-    ),
-    "skyreels-v2-df-dit": _entry(
-        "SkyReelsV2Transformer3DModel",
-        _TINY_WAN | {"inject_sample_info": True},
-        {"num_layers": 1, "num_attention_heads": 12, "ffn_dim": 8960, "inject_sample_info": True},
-        _and(_wan, _forcing),
-        "blocks",
-        tiny_size=Sizes((3, 4, 6), text=5),  # the frame rate is added along the wrong axis of a batch
-        full_size=Sizes((25, 68, 120), text=512),
-    ),
-    "chronoedit-dit": _entry(
-        "ChronoEditTransformer3DModel",
-        _TINY_WAN | _TINY_PICTURE,
-        _FULL_PICTURE,
-        _and(_wan, _clip),
-        "blocks",
-        tiny_size=Sizes((2, 4, 6), text=5, batch=2),
-        full_size=Sizes((2, 90, 160), text=512),
-    ),
-    "anyflow-dit": _entry("AnyFlowTransformer3DModel", _TINY_WAN, {"num_layers": 1}, _and(_wan, _anyflow), "blocks"),
-    "helios-dit": _entry(
-        "HeliosTransformer3DModel",
-        _TINY_WAN | {"rope_dim": (4, 4, 4)},
-        {"num_layers": 1},
-        _and(_wan, _helios),
-        "blocks",
-        tiny_size=Sizes((3, 8, 16), text=5, batch=2),
-        full_size=Sizes((9, 48, 80), text=512),  # 33 frames of 384 x 640
-    ),
-    "hunyuan-video-dit": _entry(
+    "hunyuan-video-dit": entry(
         "HunyuanVideoTransformer3DModel",
         _TINY_HUNYUAN,
         _FULL_HUNYUAN,
-        _and(_hunyuan, _guided),
+        combined(_hunyuan, _guided),
         *_HUNYUAN_BLOCKS,
         full_size=_HUNYUAN_SIZE,
     ),
     # Image to video: the first frame is known and has scale, shift and gate of its own.
-    "hunyuan-video-i2v-dit": _entry(
+    "hunyuan-video-i2v-dit": entry(
         "HunyuanVideoTransformer3DModel",
         _TINY_HUNYUAN | {"image_condition_type": "token_replace", "guidance_embeds": True},
         _FULL_HUNYUAN | {"image_condition_type": "token_replace", "guidance_embeds": True},
-        _and(_hunyuan, _guided),
+        combined(_hunyuan, _guided),
         *_HUNYUAN_BLOCKS,
         full_size=_HUNYUAN_SIZE,
     ),
-    "hunyuan-video-framepack-dit": _entry(
+    "hunyuan-video-framepack-dit": entry(
         "HunyuanVideoFramepackTransformer3DModel",
         _TINY_HUNYUAN | {"has_image_proj": True, "image_proj_dim": 20, "has_clean_x_embedder": True},
         _FULL_HUNYUAN | {"has_image_proj": True, "has_clean_x_embedder": True},
-        _and(_hunyuan, _guided, _framepack),
+        combined(_hunyuan, _guided, _framepack),
         *_HUNYUAN_BLOCKS,
         tiny_size=Sizes((3, 8, 16), text=5, batch=2),
         full_size=Sizes((9, 88, 68), text=256),
     ),
-    "hunyuan-video1.5-dit": _entry(
+    "hunyuan-video1.5-dit": entry(
         "HunyuanVideo15Transformer3DModel",
-        _HEADS
+        HEADS
         | {"in_channels": 9, "out_channels": 4, "num_layers": 2, "text_embed_dim": 32}
         | {"text_embed_2_dim": 24, "image_embed_dim": 20, "rope_axes_dim": (4, 4, 4)},
         {"num_layers": 1},
-        _and(_common("text_embed_dim"), _masked, _hunyuan15),
+        combined(common("text_embed_dim"), masked, _hunyuan15),
         full_size=Sizes((31, 45, 80), text=1000),  # 121 frames of 720 x 1280
     ),
-    "motif-video-dit": _entry(
+    "motif-video-dit": entry(
         "MotifVideoTransformer3DModel",
-        _HEADS
+        HEADS
         | {"in_channels": 9, "out_channels": 4, "num_layers": 2, "num_single_layers": 4}
         | {"num_decoder_layers": 2, "text_embed_dim": 32, "image_embed_dim": 20}
         | {"rope_axes_dim": (4, 4, 4), "enable_text_cross_attention_dual": True}
@@ -537,50 +319,50 @@ VIDEO_TRANSFORMERS: dict[str, TransformerEntry] = {
         {"num_layers": 1, "num_single_layers": 2, "num_decoder_layers": 1}
         | {"image_embed_dim": 1152, "enable_text_cross_attention_dual": True}
         | {"enable_text_cross_attention_single": True},
-        _and(_common("text_embed_dim"), _masked, _motif, _cast_for("time_text_embed.timestep_embedder.linear_1")),
+        combined(common("text_embed_dim"), masked, _motif, cast_for("time_text_embed.timestep_embedder.linear_1")),
         *_HUNYUAN_BLOCKS,
         full_size=Sizes((31, 92, 160), text=512),
     ),
-    "ltx-dit": _entry("LTXVideoTransformer3DModel", _TINY_LTX, {"num_layers": 1}, _ltx, full_size=_LTX_SIZE),
+    "ltx-dit": entry("LTXVideoTransformer3DModel", _TINY_LTX, {"num_layers": 1}, _ltx, full_size=_LTX_SIZE),
     # 13B, as its pipeline with conditions runs it.
-    "ltx-condition-dit": _entry(
+    "ltx-condition-dit": entry(
         "LTXVideoTransformer3DModel",
         _TINY_LTX,
         {"num_layers": 1, "attention_head_dim": 128, "cross_attention_dim": 4096},
-        _and(_ltx, _each_token),
+        combined(_ltx, _each_token),
         full_size=_LTX_SIZE,
     ),
-    "ltx2-dit": _entry(
+    "ltx2-dit": entry(
         "LTX2VideoTransformer3DModel",
         _TINY_LTX2,
         {"num_layers": 1},
-        _and(_ltx, _ltx2),
+        combined(_ltx, _ltx2),
         full_size=_LTX2_SIZE,
-        call=_with_sound,
+        call=with_sound,
     ),
-    "cogvideox-dit": _entry(
+    "cogvideox-dit": entry(
         "CogVideoXTransformer3DModel",
         _TINY_COGVIDEOX,
         {"num_layers": 1},
         _cogvideox,
         full_size=_COGVIDEOX_SIZE,
     ),
-    "cogvideox-5b-dit": _entry(
+    "cogvideox-5b-dit": entry(
         "CogVideoXTransformer3DModel",
         _TINY_COGVIDEOX | _ROTARY,
         {"num_layers": 1, "num_attention_heads": 48} | _ROTARY,
-        _and(_cogvideox, _cogvideox_rotary),
+        combined(_cogvideox, _cogvideox_rotary),
         full_size=_COGVIDEOX_SIZE,
     ),
-    "cogvideox1.5-dit": _entry(
+    "cogvideox1.5-dit": entry(
         "CogVideoXTransformer3DModel",
         _TINY_COGVIDEOX | _COGVIDEOX15 | {"ofs_embed_dim": 24},
         {"num_layers": 1, "num_attention_heads": 48, "in_channels": 32, "ofs_embed_dim": 512} | _COGVIDEOX15,
-        _and(_cogvideox, _cogvideox_rotary, _ofs),
+        combined(_cogvideox, _cogvideox_rotary, _ofs),
         tiny_size=Sizes((4, 4, 6), text=5, batch=2),
         full_size=_COGVIDEOX15_SIZE,
     ),
-    "consisid-dit": _entry(
+    "consisid-dit": entry(
         "ConsisIDTransformer3DModel",
         _TINY_COGVIDEOX
         | _ROTARY
@@ -588,109 +370,109 @@ VIDEO_TRANSFORMERS: dict[str, TransformerEntry] = {
         | {"LFE_id_dim": 20, "LFE_vit_dim": 16, "LFE_depth": 5, "LFE_dim_head": 8}
         | {"LFE_num_heads": 2, "LFE_num_id_token": 2, "LFE_num_querie": 3, "LFE_output_dim": 32},
         {"num_layers": 2, "num_attention_heads": 48, "in_channels": 32, "is_train_face": True} | _ROTARY,
-        _and(_cogvideox, _cogvideox_rotary, _consisid),
+        combined(_cogvideox, _cogvideox_rotary, _consisid),
         full_size=_COGVIDEOX_SIZE,
     ),
     # Its last block gives no text.
-    "mochi-dit": _entry(
+    "mochi-dit": entry(
         "MochiTransformer3DModel",
-        _HEADS
+        HEADS
         | {"in_channels": 4, "num_layers": 3, "pooled_projection_dim": 24, "text_embed_dim": 32}
         | {"time_embed_dim": 16, "max_sequence_length": 5},
         {"num_layers": 2},
-        _and(_common("text_embed_dim"), _masked),
+        combined(common("text_embed_dim"), masked),
         full_size=Sizes((28, 60, 106), text=256),  # 163 frames of 480 x 848
     ),
-    "allegro-dit": _entry(
+    "allegro-dit": entry(
         "AllegroTransformer3DModel",
         {"num_attention_heads": 2, "attention_head_dim": 24, "num_layers": 2}
         | {"cross_attention_dim": 48, "sample_height": 4, "sample_width": 6, "sample_frames": 3}
         | {"caption_channels": 32},
         {"num_layers": 1},
-        _and(_common("caption_channels"), _allegro),
+        combined(common("caption_channels"), _allegro),
         full_size=Sizes((22, 90, 160), text=512),  # 88 frames of 720 x 1280
     ),
-    "cosmos2-dit": _entry(
+    "cosmos2-dit": entry(
         "CosmosTransformer3DModel",
         _TINY_COSMOS | _COSMOS2,
         {"num_layers": 1, "num_attention_heads": 16} | _COSMOS2,
-        _and(_common("text_embed_dim", 1.0), _cosmos),
+        combined(common("text_embed_dim", 1.0), _cosmos),
         full_size=Sizes((1, 96, 170), text=512),  # a picture of 768 x 1360
     ),
-    "cosmos2-video2world-dit": _entry(
+    "cosmos2-video2world-dit": entry(
         "CosmosTransformer3DModel",
         _TINY_COSMOS | _COSMOS2 | {"in_channels": 5},
         {"num_layers": 1, "num_attention_heads": 40, "in_channels": 17} | _COSMOS2,
-        _and(_common("text_embed_dim", 1.0), _cosmos, _cosmos_conditioned),
+        combined(common("text_embed_dim", 1.0), _cosmos, _cosmos_conditioned),
         full_size=Sizes((24, 88, 160), text=512),  # 93 frames of 704 x 1280
     ),
-    "easyanimate-dit": _entry(
+    "easyanimate-dit": entry(
         "EasyAnimateTransformer3DModel",
-        _THREE_HEADS
+        THREE_HEADS
         | {"in_channels": 4, "out_channels": 4, "patch_size": 2, "num_layers": 2, "mmdit_layers": 2}
         | {"time_embed_dim": 24, "add_norm_text_encoder": True, "text_embed_dim": 32},
         {"in_channels": 16, "out_channels": 16, "patch_size": 2, "num_layers": 1}
         | {"mmdit_layers": 1, "add_norm_text_encoder": True},
-        _common("text_embed_dim"),
+        common("text_embed_dim"),
         full_size=Sizes((13, 64, 64), text=256),  # 49 frames of 512 x 512
     ),
     # 2B, lite
-    "kandinsky5-dit": _entry(
+    "kandinsky5-dit": entry(
         "Kandinsky5Transformer3DModel",
         _TINY_KANDINSKY | {"in_visual_dim": 4, "out_visual_dim": 4},
         {"in_visual_dim": 16, "out_visual_dim": 16, "model_dim": 1792, "ff_dim": 7168}
         | {"num_text_blocks": 1, "num_visual_blocks": 1, "visual_cond": True},
-        _and(_kandinsky, _kandinsky5, _cast_for("time_embeddings.in_layer")),
+        combined(_kandinsky, _kandinsky5, cast_for("time_embeddings.in_layer")),
         *_KANDINSKY_BLOCKS,
         # Queries and keys are rounded to bfloat16 in any dtype, so float64 is far from float32 where a rounding flips:
         # the fewer tokens, the rarer.
         tiny_size=Sizes((2, 4, 4), text=5, batch=2),
         full_size=Sizes((31, 64, 96), text=256),  # 121 frames of 512 x 768
     ),
-    "kandinsky6-dit": _entry(
+    "kandinsky6-dit": entry(
         "Kandinsky6Transformer3DModel",
         _TINY_KANDINSKY
         | {"in_visual_dim": 4, "out_visual_dim": 4, "in_audio_dim": 6, "out_audio_dim": 6}
         | {"ca_rope": True, "cross_gates": True, "fix_modulation": True},
         {"num_text_blocks": 1, "num_visual_blocks": 1, "ca_rope": True, "cross_gates": True, "fix_modulation": True},
-        _and(_kandinsky, _kandinsky6),
+        combined(_kandinsky, _kandinsky6),
         "video_text_transformer_blocks",
         "audio_text_transformer_blocks",
         "visual_transformer_blocks",
         full_size=Sizes((31, 64, 96), text=256),
-        call=_with_sound,
+        call=with_sound,
     ),
-    "latte-dit": _entry(
+    "latte-dit": entry(
         "LatteTransformer3DModel",
-        _HEADS | _LATTE | {"cross_attention_dim": 48, "caption_channels": 32, "sample_size": 6, "video_length": 3},
+        HEADS | _LATTE | {"cross_attention_dim": 48, "caption_channels": 32, "sample_size": 6, "video_length": 3},
         _LATTE | {"num_layers": 1, "attention_head_dim": 72, "cross_attention_dim": 1152, "caption_channels": 4096},
-        _common("caption_channels"),
+        common("caption_channels"),
         "transformer_blocks",
         "temporal_transformer_blocks",
         full_size=Sizes((16, 64, 64), text=120),
     ),
-    "sana-video-dit": _entry("SanaVideoTransformer3DModel", _TINY_SANA, {"num_layers": 1}, _sana, full_size=_SANA_SIZE),
-    "sana-video-i2v-dit": _entry(
+    "sana-video-dit": entry("SanaVideoTransformer3DModel", _TINY_SANA, {"num_layers": 1}, _sana, full_size=_SANA_SIZE),
+    "sana-video-i2v-dit": entry(
         "SanaVideoTransformer3DModel",
         _TINY_SANA,
         {"num_layers": 1},
-        _and(_sana, _known_first_frame),
+        combined(_sana, known_first_frame),
         full_size=_SANA_SIZE,
     ),
     # Scale, shift and gate of each frame. One block in four attends by softmax, in bfloat16 if given float32: none here.
-    "sana-wm-dit": _entry(
+    "sana-wm-dit": entry(
         "SanaWMTransformer3DModel",
         {"in_channels": 4, "num_layers": 2, "hidden_size": 48, "num_attention_heads": 2}
         | {"softmax_every_n": 0, "linear_head_dim": 24, "chunk_plucker_channels": 6, "caption_channels": 32},
         {"num_layers": 2, "softmax_every_n": 2},
-        _and(_sana, _sana_wm),
+        combined(_sana, _sana_wm),
         "blocks",
         full_size=Sizes((21, 22, 40), text=300),  # 161 frames of 704 x 1280
     ),
     # Text, picture and sound in one sequence, each token's scale, shift and gate picked from a table by index.
-    "minimax-h3-dit": _entry(
+    "minimax-h3-dit": entry(
         "MiniMaxH3Transformer3DModel",
-        _HEADS
+        HEADS
         | {"hidden_size": 48, "num_layers": 2, "ffn_dim": 96, "in_channels": 4}
         | {"audio_in_channels": 6, "text_dim": 32, "freq_dim": 16, "time_embed_hidden_dim": 32}
         | {"time_embed_dim": 24, "rope_freq_dim": 2},
@@ -699,6 +481,6 @@ VIDEO_TRANSFORMERS: dict[str, TransformerEntry] = {
         "transformer_blocks",
         "token_refiner.refiner_blocks",
         full_size=Sizes((16, 48, 80), text=256),
-        call=_with_sound,
+        call=with_sound,
     ),
 }
