@@ -210,7 +210,7 @@ def check(
     seeds: Annotated[str, typer.Option(help="Of weights and inputs.")] = "0",
     as_json: Json = False,
 ) -> None:
-    """Compare with float64: pvae may err 1.25 times as much as eager does. MODEL may be `all`, for the whole zoo."""
+    """Compare with float64: pvae may err 1.25 times as much as eager does. MODEL may be `all`: every autoencoder of the zoo."""
     try:
         numbers = comma_list(seeds, int)
     except ValueError:
