@@ -23,15 +23,17 @@ from pvae.passes.fuse_modulation import FUSE_MODULATION, FUSE_RESIDUAL_GATE
 from pvae.passes.output_layout import lay_out_outputs
 from pvae.passes.prefix_attention import PREFIX_ATTENTION
 from pvae.passes.rule import Context, Pass, Report
+from pvae.passes.shard import SHARD
 from pvae.passes.verify import Signature, verify
 
 PASSES: tuple[Pass, ...] = (
     CANONICALIZE,  # first: every later rule matches one spelling
     PREFIX_ATTENTION,  # early: what made the mask, thousands of nodes perhaps, is gone for the others
+    DROP_ZERO_TAPS,  # before pads are folded or unfolded: it reads them, and what it drops need not be unfolded
+    FOLD_PAD,  # before sharding, which then fetches a halo once; a convolution that pads itself has more forms
+    SHARD,  # on ATen's own ops, before any becomes a kernel or takes a form of ours
     FUSE_MODULATION,  # on the norms as written
     FUSE_RESIDUAL_GATE,  # after the norms have taken the residuals before them
-    DROP_ZERO_TAPS,  # before pads are folded or unfolded: it reads them, and what it drops need not be unfolded
-    FOLD_PAD,  # before forms are chosen: a convolution that pads itself has more of them
     CONV_DTYPE,  # before forms are chosen: they depend on the dtype
     CONV3D_UNFOLD,  # the form of each convolution
     CHANNELS_LAST,  # last: the layout of what is left as a convolution
@@ -157,6 +159,7 @@ def run_pipeline(
         except Exception as error:
             error.add_note(f"in pvae pass {step.pass_.name!r}; PVAE_DISABLE={step.pass_.name} compiles without it")
             raise
+        signature = signature.with_pieces(gm.graph, context.left)
         if report.changed and check:
             start = time.perf_counter()
             verify(gm.graph, signature, step.pass_.name)

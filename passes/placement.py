@@ -1,63 +1,19 @@
-"""Where the pieces of a tensor lie, one mesh axis at a time, and how views move a split (DESIGN section 4).
+"""Where the pieces of a tensor lie, and how views move them (DESIGN section 4). Integers only, no tensor.
 
-Bounds are global indices: rank r holds `[bounds[r], bounds[r + 1])`, pieces may be uneven or empty. What an operation does
-to one dimension is in `index_map.py`.
+A dimension is a product of factors, outermost first, each whole on every rank or split over one axis of the mesh. So
+`[b, c, t, h, w]` with `h` split, flattened to tokens `[b, t * h * w, c]`, has the token dimension (t, h * w split), and
+a later reshape takes it apart again: nothing moves. Positions are global; pieces may be uneven or empty.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from fractions import Fraction
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import prod
 
 Interval = tuple[int, int]
 Bounds = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Replicated:
-    """Every rank holds the whole."""
-
-
-@dataclass(frozen=True)
-class Partial:
-    """The value is the sum of what the ranks hold."""
-
-
-@dataclass(frozen=True)
-class Owned:
-    """Only `rank` holds it."""
-
-    rank: int
-
-
-@dataclass(frozen=True)
-class Split:
-    """Rank r holds `[bounds[r], bounds[r + 1])` of dimension `dim` (counted from the front). Pieces may be empty."""
-
-    dim: int
-    bounds: Bounds
-
-    def __post_init__(self) -> None:
-        if self.dim < 0:
-            raise ValueError(f"dim must be counted from the front, got {self.dim}")
-        if len(self.bounds) < 2 or self.bounds[0] != 0 or list(self.bounds) != sorted(self.bounds):
-            raise ValueError(f"bounds must rise from 0 to the size of the dimension, got {self.bounds}")
-
-    @property
-    def size(self) -> int:
-        return self.bounds[-1]
-
-    @property
-    def world(self) -> int:
-        return len(self.bounds) - 1
-
-    def interval(self, rank: int) -> Interval:
-        return self.bounds[rank], self.bounds[rank + 1]
-
-
-Placement = Replicated | Split | Partial | Owned
 
 
 def even(size: int, world: int, multiple: int = 1) -> Bounds:
@@ -75,81 +31,163 @@ def clip(interval: Interval, size: int) -> tuple[Interval, tuple[int, int]]:
     return inside, (inside[0] - lo, hi - inside[1])
 
 
-# --- views: the new split, or why the tensor has to be gathered -------------------------------------------------------
+def rounded(bounds: Bounds, multiple: int) -> Bounds:
+    """`bounds` with the inner ones moved to the nearest multiples of `multiple`."""
+    nearest = ((b + multiple // 2) // multiple * multiple for b in bounds[1:-1])
+    return (0, *(min(b, bounds[-1]) for b in nearest), bounds[-1])
 
 
-def reshape_route(in_shape: Sequence[int], out_shape: Sequence[int], dim: int) -> tuple[int, Fraction] | str:
-    """The dimension that holds `dim` after a reshape, and what its bounds are multiplied by.
+class Misfit(Exception):
+    """A view that cuts a split factor where no bound is. `axis`: the factor's; `multiple`: what its bounds would have to
+    be multiples of, None where no bounds would do."""
 
-    The products must be whole: bounds have to be multiples of the factor's denominator (`even(..., multiple=)`).
-    Shapes are global, without -1.
+    def __init__(self, reason: str, axis: int, multiple: int | None) -> None:
+        super().__init__(reason)
+        self.axis, self.multiple = axis, multiple
+
+
+@dataclass(frozen=True)
+class Factor:
+    """`size` positions of a dimension: on every rank, or split over mesh axis `axis`.
+
+    Rank r of the axis owns `[bounds[r], bounds[r + 1])` and holds that and `context[r]` = (front, back) rows around it
+    (patch form; no context where every rank holds what it owns).
     """
-    if prod(in_shape) != prod(out_shape):
-        raise ValueError(f"{tuple(in_shape)} does not reshape to {tuple(out_shape)}")
-    if not prod(in_shape):
-        return "the tensor is empty"
-    # Walk both shapes to the least run of dimensions with one product on either side that contains `dim`.
-    i = j = 0
-    while True:
-        start, to, left, right = i, j, in_shape[i], out_shape[j] if j < len(out_shape) else 0
-        if not right:
-            return f"dimension {dim} of size 1 is dropped"
-        i, j = i + 1, j + 1
-        while left != right:
-            if left < right:
-                left, i = left * in_shape[i], i + 1
-            else:
-                right, j = right * out_shape[j], j + 1
-        if dim < i:
-            break
-    if any(size > 1 for size in in_shape[start:dim]):
-        return f"dimension {dim} is merged inside {list(in_shape[start:dim])}, so a piece is not one run of rows"
-    target = next((k for k in range(to, j) if out_shape[k] > 1), to)
-    # A row of `dim` is so many elements of the run, a row of `target` so many.
-    return target, Fraction(prod(in_shape[dim + 1 : i]), prod(out_shape[target + 1 : j]))
+
+    size: int
+    axis: int | None = None
+    bounds: Bounds = ()
+    context: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def spans(self) -> tuple[Interval, ...]:
+        """What each rank of the axis holds."""
+        own = list(pairwise(self.bounds))
+        around = self.context or ((0, 0),) * len(own)
+        return tuple((lo - front, hi + back) for (lo, hi), (front, back) in zip(own, around, strict=True))
+
+    def times(self, k: int) -> Factor:
+        """This factor with every position standing for `k`."""
+        return Factor(
+            self.size * k,
+            self.axis,
+            tuple(b * k for b in self.bounds),
+            tuple((front * k, back * k) for front, back in self.context),
+        )
+
+    def over(self, k: int) -> Factor | None:
+        """The factor of which this is `k` times, or None if bounds fall between."""
+        parts = (self.size, *self.bounds, *(c for pair in self.context for c in pair))
+        if any(p % k for p in parts):
+            return None
+        context = tuple((front // k, back // k) for front, back in self.context)
+        return Factor(self.size // k, self.axis, tuple(b // k for b in self.bounds), context)
+
+    def held(self, coordinates: Sequence[int]) -> int:
+        """How many positions the rank at these mesh coordinates holds."""
+        if self.axis is None:
+            return self.size
+        lo, hi = self.spans[coordinates[self.axis]]
+        return hi - lo
 
 
-def reshape_dims(in_shape: Sequence[int], out_shape: Sequence[int], split: Split) -> Split | str:
-    """The split after reshape, view, flatten or unflatten; or the reason why the tensor has to be gathered."""
-    if in_shape[split.dim] != split.size:
-        raise ValueError(f"dimension {split.dim} of {tuple(in_shape)} is not of size {split.size}")
-    route = reshape_route(in_shape, out_shape, split.dim)
-    if isinstance(route, str):
-        return route
-    dim, factor = route
-    bounds = [b * factor for b in split.bounds]
-    if any(b.denominator > 1 for b in bounds):
-        return f"bounds {split.bounds} of dimension {split.dim} are not multiples of {factor.denominator}"
-    return Split(dim, tuple(map(int, bounds)))
+def spanning(size: int, axis: int, bounds: Bounds, spans: Sequence[Interval]) -> Factor:
+    """The factor of which rank r owns its part of `bounds` and holds `spans[r]`."""
+    context = tuple((lo - a, b - hi) for (lo, hi), (a, b) in zip(pairwise(bounds), spans, strict=True))
+    if any(front < 0 or back < 0 for front, back in context):
+        raise ValueError(f"{spans} do not cover {bounds}")
+    return Factor(size, axis, bounds, context if any(map(any, context)) else ())
 
 
-def permute_dims(order: Sequence[int], split: Split) -> Split:
-    """After `permute(order)`."""
-    return Split([o % len(order) for o in order].index(split.dim), split.bounds)
+Dim = tuple[Factor, ...]
 
 
-def transpose_dims(ndim: int, a: int, b: int, split: Split) -> Split:
-    """After `transpose(a, b)` of a tensor of `ndim` dimensions."""
-    swap = {a % ndim: b % ndim, b % ndim: a % ndim}
-    return Split(swap.get(split.dim, split.dim), split.bounds)
+def canonical(factors: Iterable[Factor]) -> Dim:
+    """The one spelling of a dimension: neighbouring whole factors are one, a split factor takes the whole ones behind it."""
+    dim: list[Factor] = []
+    for f in factors:
+        if f.axis is None and f.size == 1:
+            continue
+        if f.axis is None and dim:
+            dim[-1] = dim[-1].times(f.size)
+        else:
+            dim.append(f)
+    return tuple(dim) or (Factor(1),)
 
 
-def squeeze_dims(shape: Sequence[int], dims: Sequence[int], split: Split) -> Split | str:
-    """After `squeeze(dims)` of a tensor of this global shape; dimensions larger than 1 stay, as in torch."""
-    gone = {d % len(shape) for d in dims if shape[d] == 1}
-    if split.dim in gone:
-        return f"dimension {split.dim} of size 1 is dropped"
-    return Split(split.dim - sum(d < split.dim for d in gone), split.bounds)
+@dataclass(frozen=True)
+class Placement:
+    """Where a tensor lies: its dimensions."""
 
+    dims: tuple[Dim, ...]
 
-def unsqueeze_dims(ndim: int, dim: int, split: Split) -> Split:
-    """After `unsqueeze(dim)` of a tensor of `ndim` dimensions."""
-    return Split(split.dim + (dim % (ndim + 1) <= split.dim), split.bounds)
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Placement:
+        return cls(tuple((Factor(n),) for n in shape))
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The global shape."""
+        return tuple(prod(f.size for f in dim) for dim in self.dims)
 
-def expand_dims(in_shape: Sequence[int], out_shape: Sequence[int], split: Split) -> Split | str:
-    """After `expand(out_shape)`; -1 keeps a size. New dimensions come first."""
-    dim = split.dim + len(out_shape) - len(in_shape)
-    if out_shape[dim] not in (-1, split.size):
-        return f"dimension {split.dim} of size 1 is expanded to {out_shape[dim]}"
-    return Split(dim, split.bounds)
+    @property
+    def ndim(self) -> int:
+        return len(self.dims)
+
+    @property
+    def is_whole(self) -> bool:
+        return all(f.axis is None for dim in self.dims for f in dim)
+
+    @property
+    def axes(self) -> frozenset[int]:
+        """The mesh axes that split it."""
+        return frozenset(f.axis for dim in self.dims for f in dim if f.axis is not None)
+
+    def local(self, coordinates: Sequence[int]) -> tuple[int, ...]:
+        """The shape that the rank at these mesh coordinates holds."""
+        return tuple(prod(f.held(coordinates) for f in dim) for dim in self.dims)
+
+    def splits(self, dim: int) -> bool:
+        return any(f.axis is not None for f in self.dims[dim])
+
+    def one(self, dim: int) -> Factor | None:
+        """The split factor that is the whole of dimension `dim`; None where it is not split so simply."""
+        factors = self.dims[dim]
+        return factors[0] if len(factors) == 1 and factors[0].axis is not None else None
+
+    def with_dim(self, dim: int, factors: Iterable[Factor]) -> Placement:
+        dims = list(self.dims)
+        dims[dim] = canonical(factors)
+        return replace(self, dims=tuple(dims))
+
+    def permuted(self, order: Sequence[int]) -> Placement:
+        return Placement(tuple(self.dims[o] for o in order))
+
+    def reshaped(self, shape: Sequence[int]) -> Placement:
+        """After reshape, view, flatten or unflatten to the global `shape` (without -1). Raises Misfit."""
+        if prod(shape) != prod(self.shape):
+            raise ValueError(f"{self.shape} does not reshape to {tuple(shape)}")
+        rest = list(canonical(f for dim in self.dims for f in dim))[::-1]
+        what = f"a reshape of {self.shape} to {tuple(shape)}"
+        dims: list[Dim] = []
+        for n in shape:
+            taken: list[Factor] = []
+            while n > 1:
+                f = rest.pop()
+                if n % f.size == 0:  # all of it is of this dimension
+                    taken.append(f)
+                    n //= f.size
+                    continue
+                inner, more = divmod(f.size, n)  # else the outer part is
+                part = None if more else f.over(inner)
+                if part is None:
+                    axis = f.axis if f.axis is not None else next(g.axis for g in reversed(rest) if g.axis is not None)
+                    raise Misfit(f"{what} cuts a split dimension", axis, None if more else inner)
+                taken.append(part)
+                rest.append(Factor(inner))
+                n = 1
+            dims.append(canonical(taken))
+        for f in rest:
+            if f.axis is not None:
+                raise Misfit(f"{what} drops a split dimension of one row", f.axis, None)
+        return Placement(tuple(dims))

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 from torch.fx import Graph, Node
 
 from pvae.passes.ir import source_line
+from pvae.runtime.mesh import Mesh
+from pvae.runtime.sharded_tensor import Piece
 
 BEYOND_LIMIT = "beyond the rewrite limit"  # the reason of every refusal once a counter is used up
 
@@ -59,12 +61,19 @@ class RewriteCounter:
 
 @dataclass
 class Context:
-    """What passes may know besides the graph: the options, which inputs are weights, which outputs may be re-strided."""
+    """What passes may know besides the graph: the options, which inputs are weights, which outputs may be re-strided.
+
+    For sharding also this rank's place in the mesh, and which inputs arrive as pieces (`held`, by placeholder). A pass
+    that leaves outputs as pieces says so in `left`, by output.
+    """
 
     options: Any
     weights: frozenset[str] = frozenset()
     free_strides: frozenset[int] = frozenset()
     counter: RewriteCounter = field(default_factory=RewriteCounter)
+    mesh: Mesh | None = None
+    held: Mapping[str, tuple[Piece, ...]] = field(default_factory=dict)
+    left: dict[int, tuple[Piece, ...]] = field(default_factory=dict)
 
 
 @dataclass

@@ -10,6 +10,7 @@ Strides are derived, not promised: the verifier writes the derived ones into the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,12 @@ class Signature:
     def of(cls, graph: Graph) -> Signature:
         outputs = torch.utils._pytree.tree_leaves(output_node(graph).args)
         return cls(tuple(value(o) if isinstance(o, Node) else o for o in outputs))
+
+    def with_pieces(self, graph: Graph, indexes: Iterable[int]) -> Signature:
+        """With the outputs `indexes` as they now are: sharding left them as this rank's pieces."""
+        now = Signature.of(graph).outputs
+        pieces = set(indexes)
+        return Signature(tuple(now[i] if i in pieces else old for i, old in enumerate(self.outputs)))
 
 
 def _same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:

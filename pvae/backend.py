@@ -21,8 +21,11 @@ from pvae.passes.ir import ConvNode, output_node, placeholders
 from pvae.passes.pipeline import Observer, run_pipeline
 from pvae.passes.prepare_weights import split_weight_work
 from pvae.passes.rule import Context, RewriteCounter
+from pvae.passes.shard import collectives
+from pvae.ranks import Ranks, ShardedGraph
 from pvae.report import GraphReport, Registry
 from pvae.runtime.frozen_weights import FrozenWeights
+from pvae.runtime.sharded_tensor import ShardedTensor
 from pvae.runtime.torch_compat import compile_fx, current_frame, inductor_settings
 
 REGISTRY = Registry()
@@ -134,9 +137,13 @@ def compile_capture(
     *,
     inside_dynamo: bool = False,
     free_strides: frozenset[int] = frozenset(),
+    ranks: Ranks | None = None,
     observe: Observer | None = None,
 ) -> Callable[..., Any]:
     """Run the pipeline on a captured graph and hand it to the engine. `inputs` match the graph's placeholders.
+
+    `ranks` are those that the options' `shard` is about. Inputs may then be `ShardedTensor`s, and outputs in `free_strides`
+    come back as such.
 
     `free_strides` are outputs that only compiled code will read again, so that their memory layout is ours to choose.
     Outside Dynamo, equal rewritten graphs share one compiled function (layers of one class differ in weights only).
@@ -144,7 +151,13 @@ def compile_capture(
     gm = capture.gm
     start = time.perf_counter()
     report.capture_seconds, report.nodes_before = capture.seconds, len(gm.graph.nodes)
-    context = Context(options, capture.weights, free_strides, counter)
+    nodes = placeholders(gm.graph)
+    held = {n.name: i.pieces for n, i in zip(nodes, inputs, strict=True) if isinstance(i, ShardedTensor)}
+    for node, given in zip(nodes, inputs, strict=True):
+        if isinstance(given, ShardedTensor):
+            node.meta["local"] = given.local
+    mesh = None if ranks is None else ranks.mesh
+    context = Context(options, capture.weights, free_strides, counter, mesh, held)
     report.passes = run_pipeline(gm, options.pipeline, context, check=options.verify == "on", observe=observe)
     report.nodes_after, report.pass_seconds = len(gm.graph.nodes), time.perf_counter() - start
     for pass_name, expected in options.expect.items():
@@ -153,6 +166,16 @@ def compile_capture(
                 f"{report.name}: pass {pass_name!r} was expected to match {expected} times and matched "
                 f"{report.matches(pass_name)} times; see pvae explain for what it refused"
             )
+    if held:
+        inputs = [n.meta["val"] if n.name in held else i for n, i in zip(nodes, inputs, strict=True)]
+
+    def sharded(run: Callable[..., Any]) -> Callable[..., Any]:
+        if ranks is None:
+            return run
+        weights = [n.name in capture.weights for n in nodes]
+        checked = options.check_inputs == "on"
+        return ShardedGraph(report.name, run, ranks, context.left, tuple(collectives(gm.graph)), weights, checked)
+
     key = None
     if not inside_dynamo and not tensor_constants(gm):
         text = options.key() + inductor_settings() + dump.text(gm.graph, strides=True, source=False)
@@ -160,7 +183,7 @@ def compile_capture(
         if key in _SHARED:
             compiled, first = _SHARED[key]
             report.shared_with = REGISTRY.index(first)
-            return compiled
+            return sharded(compiled)
     names = [n.name for n in placeholders(gm.graph)]
     frozen = split_weight_work(gm, capture.weights) if options.weights == "frozen" else None
     if frozen is None:
@@ -172,7 +195,7 @@ def compile_capture(
         compiled = FrozenWeights(main, torch.fx.Interpreter(prepare).run, indexes)
     if key is not None:
         _SHARED[key] = (compiled, report)
-    return compiled
+    return sharded(compiled)
 
 
 def _engine(gm: GraphModule, inputs: Sequence[Any], options: Options, fake_mode: Any) -> Callable[..., Any]:

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from pvae.runtime.sharded_tensor import ShardedTensor
+
 CONSTANTS = (
     type(None),
     bool,
@@ -40,6 +42,10 @@ def describe(value: Any, tensors: list[torch.Tensor], boxes: list[Box]) -> Hasha
     of the whole that it was cut from, are no reason for another capture.
     Raises TypeError, naming the type, for what can be neither traced nor compared.
     """
+    if isinstance(value, ShardedTensor):
+        tensors.append(value)
+        local = value.local
+        return (local.shape, local.stride(), local.dtype, local.device), value.shape, value.pieces
     if isinstance(value, torch.Tensor):
         if not value.is_contiguous() and not is_dense(value):
             value = value.contiguous()

@@ -7,7 +7,9 @@ what it returns and what it leaves in the lists that it was given become the gra
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -24,10 +26,13 @@ from pvae.passes import channels_last
 from pvae.passes.channels_last import no_gain
 from pvae.passes.pipeline import Observer
 from pvae.passes.rule import RewriteCounter
+from pvae.ranks import Ranks, ranks_of
 from pvae.report import GraphReport
 from pvae.runtime import frozen_weights
+from pvae.runtime.sharded_tensor import ShardedTensor
 from pvae.runtime.torch_compat import (
     DATA_DEPENDENT,
+    FakeTensorMode,
     autocast_enabled,
     is_compiling,
     new_fake_mode,
@@ -35,6 +40,7 @@ from pvae.runtime.torch_compat import (
 )
 
 MAX_PROGRAMS = 64
+_TRACING = threading.RLock()  # torch's tracing modes are the process's, not a thread's
 
 
 NO_NUMPY = ".numpy() is not supported for tensor subclasses"  # torch's words where a traced tensor meets numpy
@@ -85,6 +91,7 @@ class CompiledForward:
         self.options = options
         self.counter = counter
         self.observe: Observer | None = None
+        self.ranks: Ranks | None = None  # set before the first call, it stands for the world's
         self.forget()
 
     def forget(self) -> None:
@@ -116,6 +123,8 @@ class CompiledForward:
             return self._eager(self._stays_eager, args, kwargs)
         if self._by_dynamo is not None:
             return self._by_dynamo(*args, **kwargs)
+        if self.ranks is None and self.options.shard not in ("none", "tile"):
+            self.ranks = ranks_of(self.options)
         state = self._state
         attributes = None if state is None or state.changed() else state.attributes()
         if state is None or attributes is None:
@@ -145,7 +154,8 @@ class CompiledForward:
             if program is None:
                 if len(self.programs) >= MAX_PROGRAMS:
                     return self._eager(f"more than {MAX_PROGRAMS} kinds of call were captured", args, kwargs)
-                found = self._capture(call, tensors, weights, state)
+                with _TRACING, nullcontext() if self.ranks is None else self.ranks.guarded(self.name):
+                    found = self._capture(call, tensors, weights, state)
                 if found is None:
                     return self(*args, **kwargs)
                 if isinstance(found, str):
@@ -197,7 +207,7 @@ class CompiledForward:
                 raise PvaeError(f"{self.name}: {what} is on the meta device and has no values; load it first")
         mode = new_fake_mode()
         with torch.inference_mode(False), torch.no_grad():
-            fakes = [static_fake(mode, t) for t in (*tensors, *weights)]
+            fakes = [_fake(mode, t) for t in (*tensors, *weights)]
             traced = _Traced()
             watch = AttributeWatch(self.module)
             try:
@@ -225,7 +235,7 @@ class CompiledForward:
                 self._state = ModuleState(self.module, self._written)
                 self._layout = layout_key(self._state.current())
                 return None
-            if capture.mutated and overlapping([*tensors, *weights]):
+            if capture.mutated and overlapping([t for t in (*tensors, *weights) if not isinstance(t, ShardedTensor)]):
                 return "an input that is written shares memory with another input"
             report = GraphReport(self.name, "pvae.compile", str(self.options.pipeline))
             constants = len(tensor_constants(capture.gm))
@@ -235,8 +245,17 @@ class CompiledForward:
             result = {leaf.index for leaf in traced.result if isinstance(leaf, Out)}
             effects = [leaf for _, template in traced.effects for leaf in _leaves(template)]
             free = frozenset(leaf.index for leaf in effects if isinstance(leaf, Out)) - result
+            pieces = (_fake_piece(mode, t) for t in tensors)
+            given = [f if p is None else p for f, p in zip(fakes, (*pieces, *[None] * len(weights)), strict=True)]
             compiled = compile_capture(
-                capture, fakes, self.options, report, self.counter, free_strides=free, observe=self.observe
+                capture,
+                given,
+                self.options,
+                report,
+                self.counter,
+                free_strides=free,
+                ranks=self.ranks,
+                observe=self.observe,
             )
         returns_inputs = any(isinstance(leaf, In) for leaf in (*traced.result, *effects))
         return Program(
@@ -272,6 +291,21 @@ class CompiledForward:
         after = [templates.content(box) for box in rebuild.boxes]
         traced.effects = [(i, a) for i, (a, b) in enumerate(zip(after, before, strict=True)) if a != b]
         return templates.outputs
+
+
+def _fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    """The fake that a forward is traced with: of a sharded tensor the whole one."""
+    if not isinstance(tensor, ShardedTensor):
+        return static_fake(mode, tensor)
+    with mode:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+
+
+def _fake_piece(mode: FakeTensorMode, tensor: torch.Tensor) -> ShardedTensor | None:
+    """A sharded tensor with a fake piece, None for any other."""
+    if not isinstance(tensor, ShardedTensor):
+        return None
+    return ShardedTensor(static_fake(mode, tensor.local), tensor.pieces, tensor.channels_last)
 
 
 @dataclass

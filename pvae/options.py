@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -29,7 +29,16 @@ class Options:
                    frozen: they are computed once and again when a weight's identity, storage or version changes
                    (a write through `.data` changes none of them: call `pvae.refresh(model)` after it)
     engine         inductor, or eager: the rewritten graph is interpreted, node by node
-    shard          none (the other forms are not in this version)
+    shard          over the ranks of torch.distributed: none; halo (exact); patch (approximate: pieces with context);
+                   tile (approximate: the model's own tiles, spread; pvae.compile only); auto (an exact form by cost)
+    shard_dims     what is split: auto, h (rows), w (columns), hw (both)
+    mesh           ranks along each split dimension, such as 4 or 2x2; auto: a line, or for hw as square as can be
+    patch_context  rows of the first input around a patch, in latents for a decoder
+    gather         on: results are whole on every rank; off: they stay pieces (`ShardedTensor`, whose `.local` is this
+                   rank's and `.whole()` the result)
+    approximate    on: auto may choose approximate forms
+    timeout        seconds that ranks wait for each other before it is an error that names who is missing
+    check_inputs   on: every call compares the inputs' values over ranks (off: shapes, when the kind of call changes)
     passes         pipeline text instead of the default one, such as `canonicalize,conv3d_unfold{form=unfold2d}`
     disable        names of passes to leave out, separated by commas
     rewrite_limit  stop rewriting after this many rewrites (bisection turns it)
@@ -45,6 +54,13 @@ class Options:
     weights: str = "live"
     engine: str = "inductor"
     shard: str = "none"
+    shard_dims: str = "auto"
+    mesh: tuple[int, ...] | None = None
+    patch_context: int = 4
+    gather: str = "on"
+    approximate: str = "off"
+    timeout: float = 300.0
+    check_inputs: str = "off"
     passes: str = "default"
     disable: tuple[str, ...] = ()
     rewrite_limit: int | None = None
@@ -69,7 +85,11 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "modulation": ("auto", "on", "off"),
     "weights": ("live", "frozen"),
     "engine": ("inductor", "eager"),
-    "shard": ("none",),
+    "shard": ("none", "halo", "patch", "tile", "auto"),
+    "shard_dims": ("auto", "h", "w", "hw"),
+    "gather": ("on", "off"),
+    "approximate": ("off", "on"),
+    "check_inputs": ("off", "on"),
     "verify": ("on", "off"),
     "strict": ("off", "on"),
 }
@@ -91,6 +111,29 @@ def _counts(value: Any) -> dict[str, int]:
     return {pass_named(name).name: int(count) for name, count in value.items()}
 
 
+def _whole_number(name: str, value: Any) -> int:
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        raise OptionError(f"{name}={value!r} is not a whole number") from None
+    if number < 0:
+        raise OptionError(f"{name}={number} is negative")
+    return number
+
+
+def _mesh(value: Any) -> tuple[int, ...] | None:
+    """`4`, `"2x2"` or `(2, 2)` as a tuple; None and "auto" leave the shape to pvae."""
+    if value in (None, "", "auto"):
+        return None
+    try:
+        shape = tuple(map(int, value.split("x") if isinstance(value, str) else (value if isinstance(value, Sequence) else [value])))
+    except (TypeError, ValueError):
+        shape = ()
+    if not 1 <= len(shape) <= 2 or min(shape) < 1:
+        raise OptionError(f"mesh={value!r} is not a number of ranks such as 4, or rows x columns such as 2x2")
+    return shape
+
+
 def _checked(name: str, value: Any) -> Any:
     """The value as the dataclass holds it, or OptionError."""
     if name in CHOICES:
@@ -100,16 +143,22 @@ def _checked(name: str, value: Any) -> Any:
             value = "none"
         if value not in CHOICES[name]:
             raise OptionError(f"{name}={value!r} is not possible; valid values of {name}: {', '.join(CHOICES[name])}")
+    elif name == "mesh":
+        value = _mesh(value)
+    elif name == "patch_context":
+        value = _whole_number(name, value)
+    elif name == "timeout":
+        try:
+            value = float(value)
+        except (TypeError, ValueError):
+            raise OptionError(f"timeout={value!r} is not a number of seconds") from None
+        if value <= 0:
+            raise OptionError(f"timeout={value} is not a time to wait")
     elif name == "disable":
         names = value.split(",") if isinstance(value, str) else value
         value = tuple(pass_named(n.strip()).name for n in names if n.strip())
     elif name == "rewrite_limit":
-        try:
-            value = None if value in (None, "", "none") else int(value)
-        except (TypeError, ValueError):
-            raise OptionError(f"rewrite_limit={value!r} is not a whole number") from None
-        if value is not None and value < 0:
-            raise OptionError(f"rewrite_limit={value} is negative")
+        value = None if value in (None, "", "none") else _whole_number(name, value)
     elif name == "expect":
         value = _counts(value)
     elif name == "passes":

@@ -11,24 +11,16 @@ around them. Which rows go where is `fetch_plan`'s subject; this file packs, sen
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.distributed._functional_collectives  # marks `wait_tensor` as an effect, which no one removes as dead code
-import torch.distributed.distributed_c10d as c10d
 
 from pvae.runtime.fetch_plan import Bounds, Fill, Intervals, Part, fetch_plan
 
-__all__ = ["fetch", "group_rank"]
+__all__ = ["fetch"]
 
 
 # Private names of torch ------------------------------------------------------------------------------------------------
-
-
-def group_rank(group: str) -> tuple[int, int]:
-    """This process's rank in the group of that name, and the group's size."""
-    found: Any = c10d._resolve_process_group(group)
-    return found.rank(), found.size()
 
 
 def _all_to_all(rows: torch.Tensor, receive: tuple[int, ...], send: tuple[int, ...], group: str | None) -> torch.Tensor:
@@ -50,6 +42,7 @@ def fetch(
     dim: int,
     have: Bounds,
     need: Intervals,
+    rank: int = 0,
     fill: Fill = "zeros",
     group: str | None = None,
     channels_last: bool = False,
@@ -60,6 +53,7 @@ def fetch(
         x: this rank's piece, of any dtype and any memory format.
         have: global bounds `0, b1, ..., size` of the pieces, which may be uneven or empty; one more than there are ranks.
         need: `[start, stop)` of each rank in global rows; they may overlap, be empty, and leave `[0, size)`.
+        rank: this process's rank in the group. An argument, so that the graph of any rank can be made anywhere.
         fill: what stands outside `[0, size)`: zeros, or as `torch.nn.functional.pad` means replicate, reflect, circular.
         group: name of the process group; None for a world of one.
         channels_last: the memory format of the result and of what is sent (for four and more dimensions). An argument and
@@ -70,10 +64,9 @@ def fetch(
 
     Raises ValueError if `x` is not the piece that `have` says, or if a need cannot be filled (see `fetch_plan`).
     """
-    plan = fetch_plan(tuple(have), tuple((start, stop) for start, stop in need), fill)
-    rank, world = (0, 1) if group is None else group_rank(group)
-    if world != len(need):
-        raise ValueError(f"{len(need)} ranks are planned for, but the group {group!r} has {world}")
+    plan, world = fetch_plan(tuple(have), tuple((start, stop) for start, stop in need), fill), len(need)
+    if group is None and world > 1 and plan.kind != "local":
+        raise ValueError(f"{world} ranks exchange rows: name their process group")
     dim = range(x.dim())[dim]
     if x.shape[dim] != have[rank + 1] - have[rank]:
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import product
 from weakref import WeakKeyDictionary
 
@@ -27,12 +28,12 @@ class Mesh:
 _made: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], Mesh]] = WeakKeyDictionary()
 
 
-def make_mesh(shape: Sequence[int] | None = None) -> Mesh:
+def make_mesh(shape: Sequence[int] | None = None, timeout: timedelta | None = None) -> Mesh:
     """The world as a grid of that shape (default: one axis), on new groups of the default group's backends.
 
     Every rank must call it, with the same shapes in the same order. It never uses the default group for traffic: a model
     that does so at the same time would have its collectives interleaved with pvae's. Without `torch.distributed`
-    initialised the world is of one rank.
+    initialised the world is of one rank. `timeout` is the new groups' (default: the backend's own).
 
     Raises ValueError if the shape does not hold as many ranks as there are.
     """
@@ -45,12 +46,12 @@ def make_mesh(shape: Sequence[int] | None = None) -> Mesh:
     made = {} if alone else _made.setdefault(dist.group.WORLD, {})
     if shape not in made:
         places = list(product(*map(range, shape)))
-        groups = tuple(_axis_group(places, axis, rank) for axis in range(len(shape)))
+        groups = tuple(_axis_group(places, axis, rank, timeout) for axis in range(len(shape)))
         made[shape] = Mesh(shape, groups, rank, places[rank])
     return made[shape]
 
 
-def _axis_group(places: list[tuple[int, ...]], axis: int, rank: int) -> str | None:
+def _axis_group(places: list[tuple[int, ...]], axis: int, rank: int, timeout: timedelta | None) -> str | None:
     """Make the groups of one axis, all of them as `new_group` demands of every rank, and return this rank's name."""
     lines: dict[tuple[int, ...], list[int]] = {}
     for other, place in enumerate(places):
@@ -58,7 +59,7 @@ def _axis_group(places: list[tuple[int, ...]], axis: int, rank: int) -> str | No
     mine = None
     for line in lines.values():
         if len(line) > 1:
-            group = dist.new_group(line)
+            group = dist.new_group(line, timeout=timeout)
             if rank in line:
                 mine = group.group_name
     return mine

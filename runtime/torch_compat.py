@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from types import CodeType
 from typing import Any
@@ -39,6 +40,7 @@ __all__ = [
     "cpp_compiler",
     "current_frame",
     "default_store",
+    "disabled_torch_function",
     "enable_python_dispatcher",
     "free_unbacked_symbols",
     "functional_graph",
@@ -46,14 +48,19 @@ __all__ = [
     "inductor_settings",
     "is_compiling",
     "new_fake_mode",
+    "side_effect_outputs",
     "static_fake",
     "statically_known_true",
+    "wrapper_tensor",
 ]
 
 
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 is_compiling = torch.compiler.is_compiling
 autocast_enabled = torch._C._is_any_autocast_enabled
+disabled_torch_function = (
+    torch._C._disabled_torch_function_impl
+)  # what a subclass has that acts in `__torch_dispatch__`
 
 
 def default_store() -> torch.distributed.Store:
@@ -167,3 +174,61 @@ def compile_fx(
         return inductor(graph_module, inputs, config_patches=config_patches)
     with tracing(TracingContext(fake_mode)):
         return inductor(graph_module, inputs, config_patches=config_patches)
+
+
+def wrapper_tensor(cls: type, shape: Sequence[int], strides: Sequence[int], like: torch.Tensor) -> Any:
+    """A `cls`, subclass of tensor, without memory of its own, with the dtype and device of `like`."""
+    return torch.Tensor._make_wrapper_subclass(
+        cls, tuple(shape), strides=tuple(strides), dtype=like.dtype, device=like.device, layout=like.layout
+    )
+
+
+def side_effect_outputs() -> frozenset[int] | None:
+    """Within a Dynamo backend: the outputs of the graph that leave the function as side effects alone.
+
+    Those are items of lists and dicts and attributes of objects that were there before the call. An output that is also
+    returned, or alive after a graph break, is none of them. None where it cannot be told, and outside Dynamo.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator, tls  # slow to import
+    from torch._dynamo.variables.base import AttributeMutationExisting, ValueMutationExisting, VariableTracker
+
+    tx: InstructionTranslator | None = getattr(tls, "current_tx", None)
+    if tx is None:
+        return None
+    effects, reason = tx.output.side_effects, tx.output.compile_subgraph_reason
+    if reason.graph_break and torch._dynamo.config.nested_graph_breaks:
+        return None  # the frames below, which are alive as well, are not known here
+
+    def reached(roots: list[VariableTracker]) -> set[torch.fx.Node]:
+        """The nodes behind all variables that these are made of. `VariableTracker.visit` omits the keys of dicts and sets."""
+        nodes: set[torch.fx.Node] = set()
+        seen: dict[int, Any] = {}
+        todo: list[Any] = [*roots]
+        while todo:
+            value = todo.pop()
+            if isinstance(value, VariableTracker):
+                value = value.unwrap()
+            if id(value) in seen:
+                continue
+            seen[id(value)] = value
+            if isinstance(value, VariableTracker):
+                todo += [field for name, field in vars(value).items() if name not in value._nonvar_fields]
+                todo += effects.store_attr_mutations.get(value, {}).values()
+                if isinstance(proxy := getattr(value, "proxy", None), torch.fx.Proxy):
+                    nodes.add(proxy.node)
+            elif type(value).__module__.startswith("torch._dynamo.variables."):  # keys and views of dicts
+                todo += vars(value).values()
+            elif type(value) in (dict, OrderedDict):
+                todo += [*value.keys(), *value.values()]
+            elif type(value) in (list, tuple, set):
+                todo += value
+        return nodes
+
+    alive = [v for name, v in tx.symbolic_locals.items() if getattr(v.source, "local_name", None) != name]
+    existing = (AttributeMutationExisting, ValueMutationExisting)
+    returned = reached([*tx.stack, *alive])
+    written = reached([v for v in effects._get_modified_vars() if isinstance(v.mutation_type, existing)])
+    (output,) = tx.output.graph.find_nodes(op="output")
+    if not returned | written >= set(output.args[0]):
+        return None
+    return frozenset(i for i, node in enumerate(output.args[0]) if node not in returned)

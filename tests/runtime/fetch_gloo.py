@@ -28,7 +28,7 @@ def main(rank: int, world: int, store: str) -> None:
         x = whole.to(dtype)
         piece = x[:, :, HAVE[rank] : HAVE[rank + 1]].contiguous(memory_format=torch.channels_last)
         for need in (HALO, ONE_WAY, ALL):
-            got = fetch(piece, 2, HAVE, need, "zeros", group, channels_last=True)
+            got = fetch(piece, 2, HAVE, need, rank, "zeros", group, channels_last=True)
             assert torch.equal(got, x[:, :, slice(*need[rank])]), (dtype, need)
 
     # Inductor: a rank that only sends, and pieces even enough for an all-gather, in one graph
@@ -37,8 +37,8 @@ def main(rank: int, world: int, store: str) -> None:
 
     @torch.compile(fullgraph=True, dynamic=False)
     def both(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        sent = fetch(one * 2, 2, HAVE, ONE_WAY, "zeros", group, channels_last=True)
-        return sent + 1, fetch(other * 2, 2, even, ALL, "zeros", group) + 1
+        sent = fetch(one * 2, 2, HAVE, ONE_WAY, rank, "zeros", group, channels_last=True)
+        return sent + 1, fetch(other * 2, 2, even, ALL, rank, "zeros", group) + 1
 
     with torch.no_grad():
         sent, gathered = both(x[:, :, HAVE[rank] : HAVE[rank + 1]], x[:, :, even[rank] : even[rank + 1]])

@@ -67,7 +67,7 @@ def check(whole: torch.Tensor, dim: int, have: Any, need: Any, fill: str, channe
         piece = whole.narrow(dim, have[rank], have[rank + 1] - have[rank])
         if memory_format is not None:
             piece = piece.contiguous(memory_format=memory_format)
-        return fetch(piece, dim, have, need, fill, make_mesh().groups[0], channels_last)
+        return fetch(piece, dim, have, need, rank, fill, make_mesh().groups[0], channels_last)
 
     for rank, got in enumerate(on_threads(len(need), run)):
         torch.testing.assert_close(got, rows_of(whole, dim, *need[rank], fill), rtol=0, atol=0)
@@ -123,12 +123,12 @@ def test_where_one_rank_is_all_there_is() -> None:
     x = torch.randn(1, 2, 5, 4)
     assert make_mesh() == make_mesh((1,)) == Mesh((1,), (None,), 0, (0,))
     assert fetch(x, 2, (0, 5), ((0, 5),)).data_ptr() == x.data_ptr(), "a view"
-    padded = fetch(x, 2, (0, 5), ((-2, 6),), "reflect", channels_last=True)
+    padded = fetch(x, 2, (0, 5), ((-2, 6),), 0, "reflect", channels_last=True)
     assert torch.equal(padded, pad(x, (0, 0, 2, 1), mode="reflect"))
     assert padded.is_contiguous(memory_format=torch.channels_last)
     with pytest.raises(ValueError, match="dimension 3 of .* has 4 rows; rank 0 .* holds 5"):
         fetch(x, -1, (0, 5), ((0, 5),))
-    with pytest.raises(ValueError, match="2 ranks are planned for, but the group None has 1"):
+    with pytest.raises(ValueError, match="2 ranks exchange rows: name their process group"):
         fetch(x, 2, (0, 5, 5), ((0, 5), (0, 5)))
     with pytest.raises(ValueError, match="holds 4 ranks; there are 1; initialise"):
         make_mesh((2, 2))
@@ -143,8 +143,9 @@ def test_mesh_of_two_axes() -> None:
         mesh = make_mesh((2, 3))
         r, c = mesh.coordinates
         x = whole[:, :, rows[r] : rows[r + 1], columns[c] : columns[c + 1]]
-        for dim, have, group in zip((2, 3), (rows, columns), mesh.groups, strict=True):
-            x = fetch(x, dim, have, tuple((have[i] - 1, have[i + 1] + 1) for i in range(len(have) - 1)), "zeros", group)
+        for dim, have, axis in ((2, rows, 0), (3, columns, 1)):
+            need = tuple((have[i] - 1, have[i + 1] + 1) for i in range(len(have) - 1))
+            x = fetch(x, dim, have, need, mesh.coordinates[axis], "zeros", mesh.groups[axis])
         return mesh, make_mesh((2, 3)) is mesh and dist.group.WORLD.group_name not in mesh.groups, x
 
     around = pad(whole, (1, 1, 1, 1))
@@ -184,7 +185,7 @@ CASES = [
 def test_make_fx(fake_rank: int, mode: str, have: Any, need: Any, expected: list[str]) -> None:
     group = make_mesh().groups[0]
     x = torch.randn(1, 2, have[fake_rank + 1] - have[fake_rank], 6)
-    gm = make_fx(lambda x: fetch(x, 2, have, need, "reflect", group, True), pre_dispatch=True, tracing_mode=mode)(x)
+    gm = make_fx(lambda x: fetch(x, 2, have, need, fake_rank, "reflect", group, True), pre_dispatch=True, tracing_mode=mode)(x)
     gm.graph.eliminate_dead_code()
     assert collectives(gm.graph) == expected
     start, stop = need[fake_rank]
@@ -215,7 +216,7 @@ def test_dynamo_makes_one_graph(fake_rank: int, have: Any, need: Any, expected: 
 
     @torch.compile(backend=aot_autograd(fw_compiler=keep), fullgraph=True)
     def run(x: torch.Tensor) -> torch.Tensor:
-        return fetch(x * 2, 2, have, need, "reflect", group) + 1
+        return fetch(x * 2, 2, have, need, fake_rank, "reflect", group) + 1
 
     with torch.no_grad():
         run(torch.randn(1, 2, have[fake_rank + 1] - have[fake_rank], 6))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -65,3 +68,126 @@ def test_conv_backend_has_a_name() -> None:
 
 def test_current_frame_outside_dynamo() -> None:
     assert torch_compat.current_frame() == (None, None)
+
+
+# Which outputs leave as side effects ---------------------------------------------------------------------------------------
+
+
+class Box:
+    pass
+
+
+def _list(x: Tensor, c: list) -> Tensor:
+    c[0] = x + 1
+    c.append(x + 2)
+    return x * 2
+
+
+def _attributes_and_nested(x: Tensor, c: list) -> dict:
+    box = Box()
+    box.inner = x + 1
+    c[0] = {"a": [box]}
+    other = Box()
+    other.value = [x * 2]
+    return {"out": other}
+
+
+def _nothing_returned(x: Tensor, c: list) -> None:
+    c[0] = x + 1
+
+
+def _nothing_written(x: Tensor, c: list) -> tuple:
+    return x * 2, (x * 3,)
+
+
+def _returned_too(x: Tensor, c: list) -> tuple:
+    c[0], c[1:] = x + 1, [x + 2]
+    return x * 2, c[0]
+
+
+def _returned_as_a_key(x: Tensor, c: list) -> dict:
+    c[0] = x + 1
+    return {c[0]: 1}
+
+
+def _returned_in_an_object(x: Tensor, c: list) -> Box:
+    box = Box()
+    box.value = x + 1
+    c[0] = box
+    return box
+
+
+def _returned_by_a_closure(x: Tensor, c: list) -> object:
+    y = x + 1
+    c[0] = y
+    return lambda: y
+
+
+def _the_list_is_returned(x: Tensor, c: list) -> list:
+    c[0] = x + 1
+    return c
+
+
+def _alive_after_a_break(x: Tensor, c: list) -> Tensor:
+    kept, c[0] = x + 1, x + 2
+    c.append(kept)
+    torch._dynamo.graph_break()
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (_list, 2),
+        (_attributes_and_nested, 1),
+        (_nothing_returned, 1),
+        (_nothing_written, 0),
+        (_returned_too, 1),
+        (_returned_as_a_key, 0),
+        (_returned_in_an_object, 0),
+        (_returned_by_a_closure, 0),
+        (_the_list_is_returned, 0),
+        (_alive_after_a_break, 1),
+    ],
+)
+def test_side_effect_outputs(function: Callable[..., object], expected: int) -> None:
+    """`x + n` are what the functions store: those that the answer names, and it names as many as are stored only."""
+    answers = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        (output,) = gm.graph.find_nodes(op="output")
+        found = torch_compat.side_effect_outputs()
+        assert found is not None
+        answers.append([output.args[0][i].target for i in sorted(found)])
+        return gm
+
+    with torch.no_grad():
+        torch.compile(function, backend=backend)(torch.randn(3), [None])
+    assert answers == [[operator.add] * expected]
+
+
+def test_side_effects_on_modules_and_dicts() -> None:
+    class Module(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("buffer", torch.zeros(3))
+            self.caches, self.table = [None, None], {}
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.buffer, self.caches[1], self.table["last"] = x + 1, x + 2, x + 3
+            return x * 2
+
+    answers = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        (output,) = gm.graph.find_nodes(op="output")
+        answers.append([output.args[0][i].target for i in sorted(torch_compat.side_effect_outputs() or ())])
+        return gm
+
+    with torch.no_grad():
+        torch.compile(Module(), backend=backend, fullgraph=True)(torch.randn(3))
+    assert answers == [[operator.add] * 3]
+
+
+def test_side_effect_outputs_outside_dynamo() -> None:
+    assert torch_compat.side_effect_outputs() is None

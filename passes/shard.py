@@ -1,0 +1,188 @@
+"""Shards a graph over a mesh: the picture plane is split over ranks, and `fetch` moves what an op reads beyond its piece.
+
+This is one algebra (DESIGN section 4): `placement.py` says where values lie, `sharder.py` walks the graph, the rules of ops
+are in `shard_views.py`, `shard_windows.py` and `shard_sums.py`. This file decides what is split at the start and what is
+gathered at the end.
+
+    halo   exact: what lies beyond a piece is fetched where an op reads it
+    patch  approximate: each rank gets its piece of the inputs with some context around it, computes that as if it were
+           the whole picture, and crops
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from pvae.passes import shard_sums, shard_views, shard_windows  # their rules register themselves
+from pvae.passes.ir import Builder, is_tensor, output_node, placeholders, static, value
+from pvae.passes.placement import Bounds, Factor, Placement, even, spanning
+from pvae.passes.rule import Context, Pass, Record, Report
+from pvae.passes.sharder import Sharder
+from pvae.runtime.fetch import fetch
+from pvae.runtime.fetch_plan import fetch_plan
+from pvae.runtime.mesh import Mesh
+from pvae.runtime.sharded_tensor import Piece
+
+RULES = (shard_views, shard_windows, shard_sums)
+
+
+class ShardError(ValueError):
+    """A graph that cannot be sharded as asked; the message says what would work."""
+
+
+def spatial_inputs(graph: Graph, weights: frozenset[str]) -> list[Node]:
+    """The inputs with a picture plane: `[N, C, H, W]` and `[N, C, T, H, W]`, weights excepted."""
+    found = [n for n in placeholders(graph) if n.name not in weights and is_tensor(n)]
+    return [n for n in found if value(n).dim() in (4, 5) and min(value(n).shape[-2:]) > 1]
+
+
+def _first_bounds(graph: Graph, main: Node, dim: int, world: int) -> Bounds:
+    """Bounds of dimension `dim` (-2 or -1) of the first picture: even, or such that an encoder's output is even."""
+    size = static(value(main).shape[dim])
+    if size is None:
+        raise ShardError("sharding needs static sizes; compile with dynamic=False")
+    outputs = [n for n in torch.utils._pytree.tree_leaves(output_node(graph).args) if isinstance(n, Node)]
+    planes = [value(n).shape[dim] for n in outputs if is_tensor(n) and value(n).dim() in (4, 5)]
+    stride = -(-size // planes[0]) if planes and planes[0] > 0 else 1
+    return even(size, world, max(stride, 1))
+
+
+def _scaled(bounds: Bounds, size: int) -> Bounds:
+    """`bounds` for a picture of the same plane at another size."""
+    n = bounds[-1]
+    return (0, *(b * size // n for b in bounds[1:-1]), size)
+
+
+def _with_context(size: int, axis: int, bounds: Bounds, rows: int) -> Factor:
+    if not rows:
+        return Factor(size, axis, bounds)
+    spans = [(max(lo - rows, 0), min(hi + rows, size)) if lo < hi else (lo, hi) for lo, hi in pairwise(bounds)]
+    return spanning(size, axis, bounds, spans)
+
+
+def shard_graph(graph: Graph, context: Context, report: Report) -> None:
+    """Rewrite `graph` in place to the local form of the rank at `context.mesh`."""
+    mesh, options = context.mesh, context.options
+    if mesh is None or options.shard in ("none", "tile") or max(mesh.shape) == 1:
+        return
+    if options.shard not in ("halo", "patch"):
+        raise ShardError(f"shard={options.shard!r} is not a form of a graph; the forms are halo and patch")
+    sharder = Sharder(graph, mesh, report, patch=options.shard == "patch")
+    planes = spatial_inputs(graph, context.weights)
+    plane_dims = {"h": (-2,), "w": (-1,), "hw": (-2, -1)}[shard_dims(options.shard_dims, mesh)]
+    if not planes and not context.held:
+        report.refusals.append(Record("shard", "inputs", "", "no input is a picture [N, C, H, W] or [N, C, T, H, W]"))
+        return
+    first = {d: _first_bounds(graph, planes[0], d, n) for d, n in zip(plane_dims, mesh.shape, strict=True)} if planes else {}
+    for node in planes:
+        if node.name in context.held:
+            continue
+        placement, sharder.build = Placement.whole(value(node).shape), Builder(node.next)
+        for axis, dim in enumerate(plane_dims):
+            if mesh.shape[axis] == 1:
+                continue
+            size = value(node).shape[dim]
+            bounds = first[dim] if node is planes[0] else _scaled(first[dim], size)
+            rows = options.patch_context if sharder.patch else 0
+            factor = _with_context(size, axis, bounds, rows * size // value(planes[0]).shape[dim])
+            placement = placement.with_dim(len(placement.dims) + dim, [factor])
+        _cut_input(sharder, node, placement)
+    for node in placeholders(graph):
+        if node.name in context.held:
+            _enter(sharder, node, context.held[node.name])
+    if not sharder.placed:
+        return
+    sharder.run()
+    _leave(sharder, context)
+
+
+def shard_dims(choice: str, mesh: Mesh) -> str:
+    """`h`, `w` or `hw` for what the options say; `auto` is rows on a mesh of one axis, else both."""
+    name = choice if choice != "auto" else ("h" if len(mesh.shape) == 1 else "hw")
+    if len(name) != len(mesh.shape):
+        raise ShardError(f"shard_dims={choice!r} splits {len(name)} dimensions, the mesh {mesh.shape} has {len(mesh.shape)} axes")
+    return name
+
+
+def _cut_input(sharder: Sharder, node: Node, placement: Placement) -> None:
+    """This rank's piece of an input that every rank has whole."""
+    users = list(node.users)
+    anchor = next(n for n in node.graph.nodes if n.op != "placeholder")
+    sharder.build = Builder(anchor)
+    cut = node
+    for dim in range(placement.ndim):
+        cut = sharder.recut(cut, dim, placement.dims[dim])
+    for user in users:
+        user.replace_input_with(node, cut)
+
+
+def _enter(sharder: Sharder, node: Node, pieces: Sequence[Piece]) -> None:
+    """An input that arrives as this rank's piece: from here on its meta is of that."""
+    placement = Placement.whole(value(node).shape)
+    for piece in pieces:
+        axis = sharder.mesh.groups.index(piece.group)
+        factor = spanning(piece.bounds[-1], axis, piece.bounds, piece.held)
+        placement = placement.with_dim(piece.dim, [factor])
+    val = value(node)
+    local = node.meta.get("local")
+    if local is None:
+        with val.fake_mode:
+            local = val.new_empty(placement.local(sharder.mesh.coordinates))
+    node.meta["val"] = local
+    sharder.place(node, placement)
+
+
+def pieces_of(placement: Placement, mesh: Mesh) -> tuple[Piece, ...] | None:
+    """The placement as a `ShardedTensor` has it, or None where a dimension is split within."""
+    pieces = []
+    for dim in range(placement.ndim):
+        if not placement.splits(dim):
+            continue
+        factor = placement.one(dim)
+        if factor is None or factor.axis is None:
+            return None
+        group, rank = mesh.groups[factor.axis], mesh.coordinates[factor.axis]
+        pieces.append(Piece(dim, factor.bounds, factor.spans, group, rank))
+    return tuple(pieces)
+
+
+def _leave(sharder: Sharder, context: Context) -> None:
+    """Outputs: whole, or left as this rank's piece where the context allows."""
+    out = output_node(sharder.graph)
+    sharder.build = Builder(out)
+    leaves: list[Any] = list(out.args[0]) if isinstance(out.args[0], (tuple, list)) else [out.args[0]]
+    for index, node in enumerate(leaves):
+        if not isinstance(node, Node) or node not in sharder.placed:
+            continue
+        stays = index in context.free_strides or context.options.gather == "off"
+        pieces = pieces_of(sharder.placed[node], sharder.mesh) if stays else None
+        if pieces is None:
+            leaves[index] = sharder.whole(node)
+        else:
+            context.left[index] = pieces
+    out.args = (tuple(leaves),)
+
+
+def collectives(graph: Graph) -> Iterator[str]:
+    """What the graph asks of other ranks, in order, as texts that are equal on all of them."""
+    for node in graph.nodes:
+        if node.target is fetch:
+            x, dim, have, need, _, fill, *rest = node.args
+            if len(need) > 1 and fetch_plan(tuple(have), tuple(need), fill).kind != "local":
+                yield f"fetch {value(x).dtype} dim {dim} of {have}: {need} {fill} {rest[1:]}"
+
+
+SHARD = Pass(
+    name="shard",
+    summary="split the picture plane over ranks; fetch halos, moments and keys where an op reads beyond its piece",
+    rules=lambda context, settings: [],
+    before=shard_graph,
+    exact="only rounding can differ (halo); approximate (patch)",
+)
+
+__all__ = ["SHARD", "ShardError", "collectives", "shard_dims", "shard_graph"]

@@ -1,0 +1,314 @@
+"""Sharding rules of what moves no value or only along one dimension: pointwise ops, views, slices, cat, repeat, flip."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from pvae.passes.index_map import Flip, IndexMap, cat_bounds, cat_needs, follow, locals_of, slicing
+from pvae.passes.ir import aten, is_tensor, value
+from pvae.passes.placement import Factor, Misfit, Placement, rounded
+from pvae.passes.sharder import POINTWISE, ComputeWhole, Sharder, rule
+
+RESHAPES = (
+    aten.reshape.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+)
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument by position or by name."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def tensor(node: Node, position: int = 0) -> Node:
+    x = node.args[position]
+    assert isinstance(x, Node)
+    return x
+
+
+# --- pointwise ---------------------------------------------------------------------------------------------------------
+
+
+def broadcast(s: Sharder, operands: Sequence[Node]) -> Placement:
+    """Where the result of an elementwise op lies: as its largest split operand does, and others where that is whole."""
+    shape = torch.broadcast_shapes(*(s[x].shape for x in operands))
+    dims = list(Placement.whole(shape).dims)
+    used: set[int] = set()
+    for x in sorted(operands, key=lambda x: -prod(s[x].shape) if x in s.placed else 1):
+        offset = len(shape) - s[x].ndim
+        for d in range(s[x].ndim):
+            axes = {f.axis for f in s[x].dims[d] if f.axis is not None}
+            if axes and not axes & used and s[x].shape[d] == shape[d + offset] and len(dims[d + offset]) == 1:
+                if dims[d + offset][0].axis is None:
+                    dims[d + offset] = s[x].dims[d]
+                    used |= axes
+    return Placement(tuple(dims))
+
+
+@rule(POINTWISE)
+def pointwise(s: Sharder, node: Node) -> Node:
+    operands = [x for x in node.all_input_nodes if is_tensor(x)]
+    placement = broadcast(s, operands)
+    return s.again(node, placement, {x: s.conform(x, placement) for x in operands})
+
+
+@rule(aten.expand.default)
+def expand(s: Sharder, node: Node) -> Node:
+    x, shape = tensor(node), value(node).shape
+    offset = len(shape) - s[x].ndim
+    dims = [(Factor(n),) for n in shape]
+    for d in range(s[x].ndim):
+        if s[x].shape[d] == shape[d + offset]:
+            dims[d + offset] = s[x].dims[d]
+        elif s[x].splits(d):
+            x = s.whole(x, [d])
+    placement = Placement(tuple(dims))
+    return s.emit(placement, aten.expand.default, x, list(placement.local(s.mesh.coordinates)))
+
+
+# --- views -------------------------------------------------------------------------------------------------------------
+
+
+@rule(*RESHAPES)
+def reshape(s: Sharder, node: Node) -> Node:
+    x = tensor(node)
+    return reshaped(s, x, tuple(value(node).shape))
+
+
+def reshaped(s: Sharder, x: Node, shape: Sequence[int]) -> Node:
+    """`x` in another global shape. Where bounds fall between, they are moved; where no bounds would do, it is gathered."""
+    while True:
+        try:
+            placement = s[x].reshaped(shape)
+        except Misfit as misfit:
+            dim, factor = next(
+                (d, f) for d, dim in enumerate(s[x].dims) for f in dim if f.axis == misfit.axis
+            )
+            if misfit.multiple is not None and not factor.context:
+                bounds = rounded(factor.bounds, misfit.multiple)
+                x = s.rebound(x, dim, Factor(factor.size, factor.axis, bounds))
+            else:
+                x = s.whole(x, [dim], [misfit.axis])
+        else:
+            return s.emit(placement, aten.reshape.default, x, list(placement.local(s.mesh.coordinates)))
+
+
+@rule(aten.unsqueeze.default)
+def unsqueeze(s: Sharder, node: Node) -> Node:
+    x, dim = tensor(node), node.args[1]
+    assert isinstance(dim, int)
+    dims = list(s[x].dims)
+    dims.insert(dim % (len(dims) + 1), (Factor(1),))
+    return s.again(node, Placement(tuple(dims)))
+
+
+@rule(aten.permute.default)
+def permute(s: Sharder, node: Node) -> Node:
+    x, order = tensor(node), node.args[1]
+    assert isinstance(order, Sequence)
+    return s.again(node, s[x].permuted([int(o) % s[x].ndim for o in order]))
+
+
+@rule(aten.transpose.int, aten.t.default)
+def transpose(s: Sharder, node: Node) -> Node:
+    x = tensor(node)
+    order = list(range(s[x].ndim))
+    a, b = (node.args[1:3] if node.target is aten.transpose.int else (0, -1)) if len(order) > 1 else (0, 0)
+    assert isinstance(a, int) and isinstance(b, int)
+    order[a], order[b] = order[b], order[a]
+    return s.again(node, s[x].permuted(order))
+
+
+# --- along one dimension -----------------------------------------------------------------------------------------------
+
+
+def without(placement: Placement, dim: int) -> Placement:
+    return Placement(placement.dims[:dim] + placement.dims[dim + 1 :])
+
+
+@rule(aten.select.int)
+def select(s: Sharder, node: Node) -> Node:
+    x, dim, index = tensor(node), int(node.args[1]), int(node.args[2])  # type: ignore[arg-type]
+    dim %= s[x].ndim
+    if not s[x].splits(dim):
+        return s.again(node, without(s[x], dim))
+    row = sliced(s, x, dim, index % s[x].shape[dim], index % s[x].shape[dim] + 1, 1)
+    row = s.whole(row, [dim])
+    return s.emit(without(s[row], dim), aten.select.int, row, dim, 0)
+
+
+@rule(aten.slice.Tensor)
+def slice_rule(s: Sharder, node: Node) -> Node:
+    x = tensor(node)
+    dim = int(argument(node, 1, "dim", 0)) % s[x].ndim
+    n, step = s[x].shape[dim], int(argument(node, 4, "step", 1))
+    start, stop, _ = slice(argument(node, 2, "start"), argument(node, 3, "end")).indices(n)
+    if s[x].splits(dim):
+        return sliced(s, x, dim, start, max(start, stop), step)
+    return s.again(node, s[x].with_dim(dim, [Factor(value(node).shape[dim])]))
+
+
+def sliced(s: Sharder, x: Node, dim: int, start: int, stop: int, step: int) -> Node:
+    """`x[start:stop:step]` along a split dimension."""
+    factor = s[x].one(dim)
+    if factor is not None:
+        return along(s, x, dim, slicing(factor.size, start, stop, step), step)
+    outer, *inner = s[x].dims[dim]
+    each = 1
+    for f in inner:
+        each *= f.size
+    if outer.axis is None and step == 1 and start % each == 0 and stop % each == 0:  # some of the whole outer rows
+        held = 1
+        for f in inner:
+            held *= f.held(s.mesh.coordinates)
+        rows = (stop - start) // each
+        placement = s[x].with_dim(dim, [Factor(rows), *inner])
+        return s.emit(placement, aten.slice.Tensor, x, dim, start // each * held, stop // each * held)
+    x = s.whole(x, [dim])
+    placement = s[x].with_dim(dim, [Factor(len(range(start, stop, step)))])
+    return s.emit(placement, aten.slice.Tensor, x, dim, start, stop, step)
+
+
+def along(s: Sharder, x: Node, dim: int, op: IndexMap, step: int = 1) -> Node:
+    """Rows of a split dimension that `op` picks; the local op is `[::step]`."""
+    factor = s[x].one(dim)
+    assert factor is not None and factor.axis is not None
+    if s.patch:
+        raise ComputeWhole("it picks rows of the split dimension, which pieces with context do not have in one place")
+    bounds = follow(op, factor.bounds)
+    locals_ = locals_of(op, factor.size, bounds)
+    got = s.move(x, dim, factor, [one.need for one in locals_])
+    if step > 1:
+        got = s.build(aten.slice.Tensor, got, dim, 0, value(got).shape[dim], step)
+    got = s.crop(got, dim, locals_[s.coordinate(factor.axis)].crop)
+    return s.place(got, s[x].with_dim(dim, [Factor(bounds[-1], factor.axis, bounds)]))
+
+
+@rule(aten.flip.default)
+def flip(s: Sharder, node: Node) -> Node:
+    x = tensor(node)
+    dims = [int(d) % s[x].ndim for d in node.args[1]]  # type: ignore[union-attr, arg-type]
+    for dim in dims:
+        if s[x].splits(dim):
+            if s[x].one(dim) is None:
+                x = s.whole(x, [dim])
+            else:
+                x = along(s, x, dim, Flip())
+    return s.emit(s[x], aten.flip.default, x, dims)
+
+
+@rule(aten.cat.default, aten.concat.default, aten.concatenate.default)
+def cat(s: Sharder, node: Node) -> Node:
+    parts = [x for x in node.args[0] if isinstance(x, Node)]  # type: ignore[union-attr]
+    parts = [x for x in parts if s[x].shape != (0,)]  # an old spelling of nothing
+    ndim = s[parts[0]].ndim
+    dim = int(argument(node, 1, "dim", 0)) % ndim
+    reference = max((x for x in parts if x in s.placed), key=lambda x: prod(s[x].shape))
+    for d in range(ndim):
+        if d != dim:
+            parts = [s.recut(x, d, s[reference].dims[d]) for x in parts]
+    split = [x for x in parts if s[x].splits(dim)]
+    sizes = [s[x].shape[dim] for x in parts]
+    if not split:
+        placement = s[parts[0]].with_dim(dim, [Factor(sum(sizes))])
+        return s.emit(placement, aten.cat.default, parts, dim)
+    factor = s[split[0]].one(dim)
+    axes = {f.axis for x in split for f in s[x].dims[dim]}
+    if factor is None or factor.axis is None or len(axes) > 1 or s.patch:
+        parts = [s.whole(x, [dim]) for x in parts]
+        return s.emit(s[parts[0]].with_dim(dim, [Factor(sum(sizes))]), aten.cat.default, parts, dim)
+    axis, world = factor.axis, s.mesh.shape[factor.axis]
+    operands = []
+    for x in parts:
+        one = s[x].one(dim)
+        operands.append(one if one is not None else Factor(s[x].shape[dim], axis, (0,) * world + (s[x].shape[dim],)))
+    bounds = cat_bounds([f.bounds for f in operands])
+    needs = [cat_needs(sizes, lo, hi) for lo, hi in zip(bounds, bounds[1:], strict=False)]
+    got = []
+    for i, (x, f) in enumerate(zip(parts, operands, strict=True)):
+        got.append(s.move(x, dim, f, [need[i] for need in needs]))
+    placement = s[parts[0]].with_dim(dim, [Factor(bounds[-1], axis, bounds)])
+    return s.emit(placement, aten.cat.default, got, dim)
+
+
+@rule(aten.stack.default)
+def stack(s: Sharder, node: Node) -> Node:
+    parts = [x for x in node.args[0] if isinstance(x, Node)]  # type: ignore[union-attr]
+    dim = int(argument(node, 1, "dim", 0)) % (s[parts[0]].ndim + 1)
+    reference = max((x for x in parts if x in s.placed), key=lambda x: prod(s[x].shape))
+    target = s[reference]
+    parts = [s.conform(x, target) for x in parts]
+    dims = list(target.dims)
+    dims.insert(dim, (Factor(len(parts)),))
+    return s.emit(Placement(tuple(dims)), aten.stack.default, parts, dim)
+
+
+@rule(aten.repeat.default)
+def repeat(s: Sharder, node: Node) -> Node:
+    x, times = tensor(node), [int(t) for t in node.args[1]]  # type: ignore[union-attr, arg-type]
+    new = len(times) - s[x].ndim
+    dims = [(Factor(t),) for t in times[:new]]
+    placement = Placement(tuple(dims) + s[x].dims)
+    for d, t in enumerate(times[new:], new):
+        if t != 1:
+            placement = placement.with_dim(d, [Factor(t), *placement.dims[d]])
+    return s.again(node, placement)
+
+
+@rule(aten.repeat_interleave.self_int)
+def repeat_interleave(s: Sharder, node: Node) -> Node:
+    x, times, dim = tensor(node), int(node.args[1]), argument(node, 2, "dim")  # type: ignore[arg-type]
+    if dim is None:
+        raise ComputeWhole("repeat_interleave without a dimension flattens")
+    placement = s[x].with_dim(dim % s[x].ndim, [*s[x].dims[dim % s[x].ndim], Factor(times)])
+    return s.emit(placement, aten.repeat_interleave.self_int, x, times, dim)
+
+
+@rule(aten.roll.default)
+def roll(s: Sharder, node: Node) -> Node:
+    x, shifts, dims = tensor(node), node.args[1], argument(node, 2, "dims", ())
+    if not dims:
+        raise ComputeWhole("roll without dimensions flattens")
+    for dim, shift in zip(dims, shifts, strict=True):  # type: ignore[arg-type]
+        dim %= s[x].ndim
+        factor = s[x].one(dim)
+        if not s[x].splits(dim):
+            x = s.emit(s[x], aten.roll.default, x, [shift], [dim])
+        elif factor is None or s.patch:
+            raise ComputeWhole("it rolls a dimension that is split within")
+        else:
+            need = [(lo - shift, hi - shift) for lo, hi in factor.spans]
+            x = s.place(s.move(x, dim, factor, need, "circular"), s[x])
+    return x
+
+
+@rule(aten.slice_scatter.default)
+def slice_scatter(s: Sharder, node: Node) -> Node:
+    x, source = tensor(node), tensor(node, 1)
+    dim = int(argument(node, 2, "dim", 0)) % s[x].ndim
+    if s[x].splits(dim) or s[source].splits(dim):
+        x, source = s.whole(x, [dim]), s.whole(source, [dim])
+    placement = broadcast_but(s, x, source, dim)
+    x = s.conform(x, placement)
+    source = s.conform(source, placement.with_dim(dim, s[source].dims[dim]))
+    return s.again(node, placement, {tensor(node): x, tensor(node, 1): source})
+
+
+def broadcast_but(s: Sharder, x: Node, other: Node, dim: int) -> Placement:
+    """Where `x` lies, or else `other`, in every dimension but one."""
+    dims = [a if any(f.axis is not None for f in a) else b for a, b in zip(s[x].dims, s[other].dims, strict=True)]
+    dims[dim] = s[x].dims[dim]
+    return Placement(tuple(dims))
