@@ -14,10 +14,13 @@ import torch
 from torch.fx import Graph, Node
 
 from pvae.kernels import channels_last as kernel
+from pvae.kernels.conv3d_unfold import OP as UNFOLD
 from pvae.passes.ir import Builder, ConvNode, aten, value
 from pvae.passes.rule import Context, Match, Pass, Refusal, Rule
+from pvae.runtime.fetch import fetch
 
 HALF = (torch.float16, torch.bfloat16)
+FETCH_ARGUMENTS = 8  # of `fetch` with its memory format given
 
 
 def no_gain(weight: torch.Tensor) -> str | None:
@@ -64,9 +67,36 @@ class WeightChannelsLast:
         match.node.replace_input_with(conv.weight, weight)
 
 
+class FetchChannelsLast:
+    """`conv(fetch(x))` -> `conv(fetch(x, channels_last=True))`: rows travel and arrive in the order that the convolution reads.
+
+    Decided by what every rank knows alike, never by the strides of a piece.
+    """
+
+    name = "fetch"
+
+    def __init__(self, forced: bool) -> None:
+        self.forced = forced
+
+    def match(self, node: Node) -> Match | Refusal | None:
+        if node.target is not fetch or node.kwargs or len(node.args) == FETCH_ARGUMENTS:
+            return None
+        if not any(ConvNode.of(user) is not None or user.target is UNFOLD for user in node.users):
+            return None
+        x = value(node)
+        reason = None if self.forced else no_gain(x)
+        return Match(node) if reason is None and x.dim() in kernel.FORMATS else None
+
+    def rewrite(self, graph: Graph, match: Match) -> None:
+        node = match.node
+        build = Builder(node)
+        build.replace(build(fetch, *node.args, True))
+
+
 def _rules(context: Context, settings: Mapping[str, str]) -> list[Rule]:
     choice = settings.get("layout", mode(context.options))
-    return [] if choice == "off" else [WeightChannelsLast(forced=choice == "on")]
+    forced = choice == "on"
+    return [] if choice == "off" else [WeightChannelsLast(forced), FetchChannelsLast(forced)]
 
 
 CHANNELS_LAST = Pass(

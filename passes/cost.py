@@ -2,21 +2,9 @@
 
     seconds = sum over kernels of max(FLOPs / rate, bytes / bandwidth) + launch,  plus the exchanges
 
-A node is one of five kinds:
-
-    free       views, casts to the same type: nothing runs
-    fusible    pointwise ops, casts, copies, pads, cats, resampling, norms. It is a kernel of its own only if something that
-               is not fusible reads it (a convolution, the output), or if several nodes do and it reads more
-               than one large value itself; else it is computed where it is read and costs nothing. A kernel reads each
-               value that it and the nodes fused into it read once, no more of it than they use, and writes its result.
-    reduction  a fusible one that has to read its rows to the end first. Rows of up to 4096 elements stay in one kernel; a
-               longer one is a kernel of its own for its statistics.
-    fetch      plain torch around a collective: packs what it sends and writes its result, each from what it is made of
-    alone      everything else (convolutions, products, attention, opaque ops): reads its inputs and writes its result
-
-The rule follows what Inductor does closely enough for a choice between forms; `Machine` has the constants. Memory is live
-bytes in the graph's order: values that are computed where they are read take none, views keep their base, and an
-exchange's buffers and an unfold's or an attention's workspace count while they run.
+What is a kernel and what it reads is in `fusion.py`, the constants are in `machine.py`. Memory is live bytes in the graph's
+order: values that are computed where they are read take none, views keep their base, and an exchange's buffers and an
+unfold's workspace count while they run.
 
 What it leaves out: contiguous copies that a library makes inside, caches of the chip, waiting for a slower rank, and that
 exchanges could overlap with arithmetic.
@@ -35,221 +23,30 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils.flop_counter import FlopCounterMode
 
-from pvae.kernels import channels_last, conv3d_unfold
-from pvae.passes.ir import CASTS, VIEW_OPS, ConvNode, aten, output_node, placeholders, reaches_output, source_line, value
+from pvae.kernels import conv3d_unfold
+from pvae.passes.fusion import (
+    LONG_ROW,
+    NORMS,
+    Fusion,
+    bytes_of,
+    elements,
+    fetch_arguments,
+    kind_of,
+    row_length,
+    tensors_of,
+)
+from pvae.passes.ir import VIEW_OPS, ConvNode, aten, output_node, placeholders, source_line, value
 from pvae.passes.machine import Machine, interpolate
 from pvae.runtime.fetch import fetch
 from pvae.runtime.fetch_plan import Kind, fetch_plan
 
 __all__ = ["Cost", "CostError", "Exchange", "graph_cost"]
 
-LONG_ROW = 4096
 WIDEST_HEAD = 256
 
 
 class CostError(ValueError):
     """A graph whose sizes are not all known."""
-# Kinds of node --------------------------------------------------------------------------------------------------------
-
-_FREE = VIEW_OPS | {
-    aten.chunk.default,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.unbind.int,
-    aten.unflatten.int,
-    aten.flatten.using_ints,
-    aten.view_as.default,
-    aten.expand_as.default,
-    aten.dropout.default,
-    aten.feature_dropout.default,
-    aten.alpha_dropout.default,
-}
-_SAME = CASTS | {aten.contiguous.default, channels_last.OP}  # free where the result is laid out as the argument is
-_FUSIBLE = _SAME | {
-    aten.cat.default,
-    aten.stack.default,
-    aten.pad.default,
-    aten.constant_pad_nd.default,
-    aten.flip.default,
-    aten.roll.default,
-    aten.repeat.default,
-    aten.repeat_interleave.self_int,
-    aten.pixel_shuffle.default,
-    aten.pixel_unshuffle.default,
-    aten.slice_scatter.default,
-    aten.select_scatter.default,
-    aten.copy_.default,
-    aten.copy.default,
-    aten.zeros.default,
-    aten.ones.default,
-    aten.full.default,
-    aten.arange.default,
-    aten.arange.start,
-    aten.new_zeros.default,
-    aten.new_ones.default,
-    aten.new_full.default,
-    aten.new_empty.default,
-    aten.zeros_like.default,
-    aten.ones_like.default,
-    aten.full_like.default,
-    aten.empty_like.default,
-    aten.type_as.default,
-    aten.batch_norm.default,  # in inference, a scale and a shift
-    aten.upsample_nearest1d.vec,
-    aten.upsample_nearest2d.vec,
-    aten.upsample_nearest3d.vec,
-    aten._upsample_nearest_exact2d.vec,
-    aten._upsample_nearest_exact3d.vec,
-    aten.upsample_bilinear2d.vec,
-    aten.upsample_trilinear3d.vec,
-    aten.avg_pool2d.default,
-    aten.avg_pool3d.default,
-    aten.max_pool2d.default,
-    aten.max_pool3d.default,
-}
-# Norms: the statistics are the reduction; applying them is pointwise.
-_NORMS = frozenset(
-    {
-        aten.group_norm.default,
-        aten.layer_norm.default,
-        aten.rms_norm.default,
-        aten.instance_norm.default,
-        aten.softmax.int,
-        aten._softmax.default,
-    }
-)
-_REDUCTIONS = frozenset(
-    {
-        aten.linalg_vector_norm.default,
-        aten.mean.default,
-        aten.mean.dim,
-        aten.sum.default,
-        aten.sum.dim_IntList,
-        aten.amax.default,
-        aten.amin.default,
-        aten.var.correction,
-        aten.var_mean.correction,
-        aten.std.correction,
-        aten.norm.ScalarOpt_dim,
-    }
-)
-
-
-def _kind(node: Node) -> str:
-    """free, fusible, reduction, fetch or alone, as the module docstring says; or input, or output."""
-    target = node.target
-    if node.op in ("placeholder", "get_attr"):
-        return "input"
-    if node.op == "output":
-        return "output"
-    if not _tensors(node) or target in _FREE:
-        return "free"
-    if target in _SAME and _unchanged(node):
-        return "free"
-    if target in _REDUCTIONS:
-        return "reduction"
-    if target in _FUSIBLE or target in _NORMS or torch.Tag.pointwise in getattr(target, "tags", ()):
-        return "fusible"
-    if target is fetch:
-        return "free" if _local_view(node) else "fetch"
-    return "alone"
-
-
-def _tensors(node: Node) -> list[torch.Tensor]:
-    """The tensors that a node stands for: one, or those of its tuple; none for a number."""
-    val = node.meta.get("val")
-    values = val if isinstance(val, (tuple, list)) else (val,)
-    return [v for v in values if isinstance(v, torch.Tensor)]
-
-
-def _unchanged(node: Node) -> bool:
-    x, y = node.args[0], value(node)
-    if not isinstance(x, Node) or not isinstance(value(x), torch.Tensor):
-        return False
-    x = value(x)
-    return x.dtype == y.dtype and x.device == y.device and x.shape == y.shape and x.stride() == y.stride()
-
-
-def _elements(node: Node) -> int:
-    return sum(t.numel() for t in _tensors(node))
-
-
-def _bytes(node: Node) -> int:
-    return sum(t.numel() * t.element_size() for t in _tensors(node))
-
-
-def _row(node: Node) -> float:
-    """How many elements one result of a reduction, or one statistic of a norm, is made of."""
-    x = value(node.args[0])  # type: ignore[arg-type]
-    match node.target:
-        case aten.group_norm.default:
-            return x.numel() / max(x.shape[0] * int(node.args[1]), 1)  # type: ignore[arg-type]
-        case aten.instance_norm.default:
-            return x.numel() / max(x.shape[0] * x.shape[1], 1)
-        case aten.layer_norm.default | aten.rms_norm.default:
-            return math.prod(node.args[1])  # type: ignore[arg-type]
-        case aten.softmax.int | aten._softmax.default:
-            return x.shape[node.args[1]]
-    return x.numel() / max(_elements(node), 1)
-
-
-# Fusion ---------------------------------------------------------------------------------------------------------------
-
-
-class _Fusion:
-    """Which nodes are kernels, and what each kernel reads: {value that is in memory: elements of it}."""
-
-    def __init__(self, graph: Graph) -> None:
-        self._kinds = {node: _kind(node) for node in graph.nodes}
-        self._reads: dict[Node, dict[Node, int]] = {}
-        self.kernels: set[Node] = set()
-        for node in graph.nodes:
-            self._reads[node] = self._through(node)
-            if self._kinds[node] in ("alone", "fetch") or self._is_kernel(node):
-                self.kernels.add(node)
-
-    def reads(self, node: Node) -> dict[Node, int]:
-        """What the kernel `node`, or the output, reads from memory."""
-        return self._reads[node]
-
-    def held(self, node: Node) -> dict[Node, int]:
-        """What a reader of `node` reads: itself where it is in memory, else what it is computed from."""
-        if node in self.kernels or self._kinds[node] == "input":
-            return {node: _elements(node)}
-        return self._reads[node]
-
-    def _through(self, node: Node) -> dict[Node, int]:
-        reads: dict[Node, int] = {}
-        for before in node.all_input_nodes:
-            for source, count in self.held(before).items():
-                reads[source] = max(reads.get(source, 0), count)
-        if self._kinds[node] in ("free", "fusible") and node.target not in _NORMS:  # uses no more than it is made of
-            own = _elements(node)
-            reads = {source: min(count, own) for source, count in reads.items()} if own else reads
-        return reads
-
-    def _is_kernel(self, node: Node) -> bool:
-        kind = self._kinds[node]
-        if kind not in ("fusible", "reduction"):
-            return False
-        if kind == "reduction" and _row(node) > LONG_ROW:
-            return True
-        users = self._users(node)
-        if any(self._kinds[user] in ("alone", "output") for user in users):
-            return True
-        large = [s for s, count in self._reads[node].items() if 8 * count >= _elements(node)]
-        return len(users) > 1 and len(large) > 1
-
-    def _users(self, node: Node) -> list[Node]:
-        """The nodes that read `node`, through views."""
-        found, todo = [], list(node.users)
-        while todo:
-            user = todo.pop()
-            if self._kinds[user] == "free":
-                todo += user.users
-            else:
-                found.append(user)
-        return found
 
 
 # Arithmetic -----------------------------------------------------------------------------------------------------------
@@ -271,8 +68,8 @@ class _Kernel:
 def _flops(node: Node) -> int:
     """Multiply-adds times two as written: by torch's own counter, which takes composite ops apart."""
     if node.target is conv3d_unfold.OP:
-        weight = value(node.args[1])  # type: ignore[arg-type]
-        return 2 * _elements(node) * math.prod(weight.shape[1:])
+        weight = value(node.args[1])
+        return 2 * elements(node) * math.prod(weight.shape[1:])
     conv = ConvNode.of(node)
     if conv is not None and conv.flops is not None:
         return conv.flops
@@ -294,11 +91,11 @@ def _flops(node: Node) -> int:
 
 def _alone(node: Node, moved: float, machine: Machine) -> list[_Kernel]:
     """The kernels of a node that stands alone and moves `moved` bytes in and out."""
-    flops, y = _flops(node), _tensors(node)[0]
+    flops, y = _flops(node), tensors_of(node)[0]
     if not flops:
         return [_Kernel(0, 1, moved)]
     if node.target is aten.scaled_dot_product_attention.default:
-        query, key = (value(n) for n in node.args[:2])  # type: ignore[arg-type]
+        query = value(node.args[0])
         wide = query.shape[-1] > WIDEST_HEAD
         share = machine.wide_attention if wide else machine.attention
         rate = machine.product_rate(y.dtype) * share * machine.busy(query.numel() // query.shape[-1], query.shape[-1])
@@ -322,12 +119,12 @@ def _convolution_rate(y: torch.Tensor, channels: int, machine: Machine, *, three
 
 def _unfolded(node: Node, flops: float, moved: float, machine: Machine) -> list[_Kernel]:
     """A copy of the frames that every output frame reads, in chunks, and a 2-D convolution of each chunk."""
-    x, weight = value(node.args[0]), value(node.args[1])  # type: ignore[arg-type]
+    x, weight = value(node.args[0]), value(node.args[1])
     y = value(node)
     share = y.shape[2] / max(x.shape[2], 1)
-    unfolded = int(node.args[3]) * x.numel() * x.element_size() * share  # type: ignore[call-overload]
+    unfolded = int(node.args[3]) * x.numel() * x.element_size() * share
     chunk = conv3d_unfold.EXTRA_RATIO * (x.numel() + y.numel()) * x.element_size() + conv3d_unfold.EXTRA_BYTES
-    channels = min(weight.shape[0], weight.shape[1] // int(node.args[3]))  # type: ignore[call-overload]
+    channels = min(weight.shape[0], weight.shape[1] // int(node.args[3]))
     conv = _Kernel(flops, _convolution_rate(y, channels, machine), moved + unfolded, min(unfolded, chunk))
     return [_Kernel(0, 1, x.numel() * x.element_size() + unfolded), conv]
 
@@ -362,23 +159,16 @@ class Exchange:
     times: int = 1
 
 
-def _fetch_arguments(node: Node) -> dict[str, Any]:
-    names = ("x", "dim", "have", "need", "rank", "fill", "group", "channels_last")
-    defaults = {"rank": 0, "fill": "zeros", "group": None, "channels_last": False}
-    given = {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
-    given["have"], given["need"] = tuple(given["have"]), tuple(tuple(pair) for pair in given["need"])
-    return given
-
-
-def _local_view(node: Node) -> bool:
-    given = _fetch_arguments(node)
-    plan = fetch_plan(given["have"], given["need"], given["fill"])
-    parts = plan.ranks[given["rank"]].parts
-    return plan.kind == "local" and len(parts) == 1 and parts[0].origin == "own" and parts[0][3:] == (False, 1)
+def _leaves(node: Node) -> bool:
+    """Whether the graph returns what is fetched, or a view or another fetch of it."""
+    return any(
+        user.op == "output" or ((user.target in VIEW_OPS or user.target is fetch) and _leaves(user))
+        for user in node.users
+    )
 
 
 def _exchange(node: Node, machine: Machine) -> Exchange:
-    given = _fetch_arguments(node)
+    given = fetch_arguments(node)
     x: torch.Tensor = value(given["x"])
     dim = range(x.dim())[given["dim"]]
     plan = fetch_plan(given["have"], given["need"], given["fill"])
@@ -401,7 +191,7 @@ def _exchange(node: Node, machine: Machine) -> Exchange:
         given["have"],
         given["need"],
         whole,
-        reaches_output(node),
+        _leaves(node),
         tuple(x.shape),
         sent,
         received,
@@ -483,7 +273,7 @@ def graph_cost(graph: Graph, machine: Machine, weights: Collection[str] = ()) ->
     Raises CostError where a size is symbolic.
     """
     _check_static(graph)
-    fusion = _Fusion(graph)
+    fusion = Fusion(graph)
     arithmetic = traffic = 0.0
     kernels: dict[Node, list[_Kernel]] = {}
     exchanges: list[Exchange] = []
@@ -497,7 +287,7 @@ def graph_cost(graph: Graph, machine: Machine, weights: Collection[str] = ()) ->
             else:
                 traffic += kernel.seconds(machine)
     every = [kernel for found in kernels.values() for kernel in found]
-    own = {node.name: _bytes(node) for node in placeholders(graph)}
+    own = {node.name: bytes_of(node) for node in placeholders(graph)}
     in_weights = sum(size for name, size in own.items() if name in set(weights))
     return Cost(
         arithmetic,
@@ -516,24 +306,26 @@ def graph_cost(graph: Graph, machine: Machine, weights: Collection[str] = ()) ->
 
 def _check_static(graph: Graph) -> None:
     for node in graph.nodes:
-        if any(not isinstance(size, int) for t in _tensors(node) for size in t.shape):
-            raise CostError(f"%{node.name} has symbolic sizes; the cost model needs them all (capture with dynamic=False)")
+        if any(not isinstance(size, int) for t in tensors_of(node) for size in t.shape):
+            raise CostError(
+                f"%{node.name} has symbolic sizes; the cost model needs them all (capture with dynamic=False)"
+            )
 
 
-def _kernels(node: Node, fusion: _Fusion, machine: Machine) -> Iterator[_Kernel]:
-    if node.op != "call_function" or not _tensors(node):
+def _kernels(node: Node, fusion: Fusion, machine: Machine) -> Iterator[_Kernel]:
+    if node.op != "call_function" or not tensors_of(node):
         return
     read = sum(n * _element_size(source) for source, n in fusion.reads(node).items())
-    if node.target in _NORMS and _row(node) > LONG_ROW:
+    if node.target in NORMS and row_length(node) > LONG_ROW:
         yield _Kernel(0, 1, read)
     if node not in fusion.kernels:
         return
     if node.target is fetch:
         yield from _fetch_kernels(node, read, machine)
-    elif _kind(node) == "alone":
-        yield from _alone(node, read + _bytes(node), machine)
+    elif kind_of(node) == "alone":
+        yield from _alone(node, read + bytes_of(node), machine)
     else:
-        yield _Kernel(0, 1, read + _bytes(node))
+        yield _Kernel(0, 1, read + bytes_of(node))
 
 
 def _fetch_kernels(node: Node, read: float, machine: Machine) -> Iterator[_Kernel]:
@@ -541,14 +333,14 @@ def _fetch_kernels(node: Node, read: float, machine: Machine) -> Iterator[_Kerne
     found = _exchange(node, machine)
     if found.kind == "exchange":
         yield _Kernel(0, 1, 2 * found.sent, found.sent + found.received)
-    yield _Kernel(0, 1, read + found.received + _bytes(node), found.received)
+    yield _Kernel(0, 1, read + found.received + bytes_of(node), found.received)
 
 
 def _element_size(node: Node) -> int:
-    return _tensors(node)[0].element_size()
+    return tensors_of(node)[0].element_size()
 
 
-def _peak(graph: Graph, fusion: _Fusion, kernels: dict[Node, list[_Kernel]]) -> int:
+def _peak(graph: Graph, fusion: Fusion, kernels: dict[Node, list[_Kernel]]) -> int:
     """The most bytes alive at once besides the graph's inputs, when its nodes run in order."""
     order = {node: index for index, node in enumerate(graph.nodes)}
     last: dict[Node, int] = {}
@@ -561,8 +353,8 @@ def _peak(graph: Graph, fusion: _Fusion, kernels: dict[Node, list[_Kernel]]) -> 
     alive = peak = 0
     for node, index in order.items():
         if node in fusion.kernels:
-            alive += _bytes(node)
+            alive += bytes_of(node)
         scratch = max((kernel.scratch for kernel in kernels[node]), default=0.0)
         peak = max(peak, alive + int(scratch))
-        alive -= sum(_bytes(gone) for gone in leaving.get(index, ()))
+        alive -= sum(bytes_of(gone) for gone in leaving.get(index, ()))
     return peak

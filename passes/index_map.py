@@ -151,8 +151,10 @@ class Pool(Window):
 
     def local(self, lo: int, hi: int, n: int) -> Local:
         first, last = super().local(lo, hi, n).need
-        start = max(first, 0) // self.stride
-        need = start * self.stride, min(last, n)
+        start, stop = max(first, 0) // self.stride, min(last, n)
+        while stop - start * self.stride < min(self.span, n):  # torch pools no input smaller than the kernel
+            start, stop = (start - 1, stop) if start else (start, stop + 1)
+        need = start * self.stride, stop
         front = lo - start
         return Local(need, self.padding, (front, self.size(need[1] - need[0]) - front - (hi - lo)))
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from pvae.runtime.fetch import fetch, fetched_like
 from pvae.runtime.torch_compat import FakeTensor, FakeTensorMode, enable_python_dispatcher, statically_known_true
 
 aten = torch.ops.aten
@@ -128,6 +129,8 @@ def derive(node: Node) -> Any:
     fakes = [a.meta["val"] for a in node.all_input_nodes if isinstance(a.meta.get("val"), FakeTensor)]
     mode = fakes[0].fake_mode if fakes else fake_mode_of(node.graph)
     assert callable(node.target)
+    if node.target is fetch:
+        return fetched_like(*args, **kwargs)
     with torch.no_grad():
         if mode is None:
             return node.target(*args, **kwargs)

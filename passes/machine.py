@@ -206,7 +206,7 @@ def machine_named(text: str) -> Machine:
 
 def _unknown(what: str, name: str, valid: tuple[str, ...]) -> MachineError:
     near = difflib.get_close_matches(name, valid, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
+    hint = f"; did you mean {near[0]}?" if near else "."
     return MachineError(f"there is no {what} {name!r}{hint} Valid: {', '.join(valid)}")
 
 

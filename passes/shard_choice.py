@@ -86,7 +86,7 @@ def candidates(
     if form == "none" or world == 1:
         return [NONE]
     forms = [form] if form != "auto" else ["halo", "patch"] if approximate else ["halo"]
-    counts = [n for n in range(2, world + 1) if world % n == 0 and (fewer and mesh is None or n == world)]
+    counts = [n for n in range(2, world + 1) if world % n == 0 and ((fewer and mesh is None) or n == world)]
     names = _DIMS[1:] if dims == "auto" else (dims,)
     found = [NONE] if form == "auto" else []
     for count in counts:

@@ -47,8 +47,12 @@ def moments(s: Sharder, x: Node, dims: Sequence[int], factors: Sequence[Factor])
 
     Each rank's own are combined by Chan, Golub, LeVeque (1979), so nothing cancels: one exchange a mesh axis.
     """
-    both = s.build(aten.var_mean.correction, x, list(dims), correction=0, keepdim=True)
-    variance, mean = s.build(operator.getitem, both, 0), s.build(operator.getitem, both, 1)
+    if value(x).numel():
+        both = s.build(aten.var_mean.correction, x, list(dims), correction=0, keepdim=True)
+        variance, mean = s.build(operator.getitem, both, 0), s.build(operator.getitem, both, 1)
+    else:  # an empty piece: it has no share in the sums
+        shape = [1 if d in dims else n for d, n in enumerate(value(x).shape)]
+        variance = mean = s.build(aten.new_zeros.default, x, shape)
     for f in factors:
         assert f.axis is not None
         pairs = gathered(s, s.build(aten.stack.default, [mean, variance]), f.axis)

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from pvae.passes.index_map import Flip, IndexMap, cat_bounds, cat_needs, follow, locals_of, slicing
 from pvae.passes.ir import aten, is_tensor, value
-from pvae.passes.placement import Factor, Misfit, Placement, rounded
+from pvae.passes.placement import Dim, Factor, Misfit, Placement, rounded
 from pvae.passes.sharder import POINTWISE, ComputeWhole, Sharder, rule
 
 RESHAPES = (
@@ -225,6 +225,10 @@ def cat(s: Sharder, node: Node) -> Node:
     if not split:
         placement = s[parts[0]].with_dim(dim, [Factor(sum(sizes))])
         return s.emit(placement, aten.cat.default, parts, dim)
+    tail = _common_tail(s, parts, dim)
+    if tail is not None:  # such as frames of tokens, each split alike
+        outer = sum(sizes) // prod(f.size for f in tail)
+        return s.emit(s[parts[0]].with_dim(dim, [Factor(outer), *tail]), aten.cat.default, parts, dim)
     factor = s[split[0]].one(dim)
     axes = {f.axis for x in split for f in s[x].dims[dim]}
     if factor is None or factor.axis is None or len(axes) > 1 or s.patch:
@@ -242,6 +246,16 @@ def cat(s: Sharder, node: Node) -> Node:
         got.append(s.move(x, dim, f, [need[i] for need in needs]))
     placement = s[parts[0]].with_dim(dim, [Factor(bounds[-1], axis, bounds)])
     return s.emit(placement, aten.cat.default, got, dim)
+
+
+def _common_tail(s: Sharder, parts: Sequence[Node], dim: int) -> Dim | None:
+    """The split factors of `dim` that all parts have alike, each after whole ones at most."""
+    found = set()
+    for x in parts:
+        first, *rest = s[x].dims[dim]
+        found.add((first, *rest) if first.axis is not None else tuple(rest))
+    tail = found.pop()
+    return tail if tail and not found else None
 
 
 @rule(aten.stack.default)
@@ -312,3 +326,9 @@ def broadcast_but(s: Sharder, x: Node, other: Node, dim: int) -> Placement:
     dims = [a if any(f.axis is not None for f in a) else b for a, b in zip(s[x].dims, s[other].dims, strict=True)]
     dims[dim] = s[x].dims[dim]
     return Placement(tuple(dims))
+
+
+@rule(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default)
+def new_like(s: Sharder, node: Node) -> Node:
+    """They take dtype and device of their operand, and no value: whole on every rank."""
+    return s.emit(Placement.whole(value(node).shape), node.target, *node.args, **node.kwargs)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from pvae.passes.ir import CONVS, ConvNode, PadNode, aten, value
 from pvae.passes.placement import Factor, Interval, Placement, clip, spanning
 from pvae.passes.sharder import ComputeWhole, Sharder, rule
 from pvae.passes.shard_views import argument, reshaped, tensor
+from pvae.runtime.fetch import fetch
 from pvae.runtime.fetch_plan import Fill
 from pvae.runtime.resample import weighted_rows
 
@@ -63,7 +64,10 @@ def output_factor(s: Sharder, factor: Factor, op: IndexMap, rate: Fraction) -> t
         start = lo * rate
         if start.denominator > 1:
             raise ComputeWhole(f"a patch that starts at row {lo} does not start at a row of its output")
-        spans.append((int(start), int(start) + op.size(hi - lo)))
+        rows = (hi - lo) * rate if isinstance(op, Resample) else op.size(hi - lo)
+        if rows != int(rows):
+            raise ComputeWhole("a patch does not scale to a whole number of rows")
+        spans.append((int(start), int(start) + int(rows)))
     try:
         return spanning(bounds[-1], factor.axis, bounds, spans), ()
     except ValueError as error:
@@ -201,10 +205,7 @@ def interpolation(s: Sharder, node: Node) -> Node:
         out, locals_ = output_factor(s, factor, op, Fraction(size[i], factor.size))
         placement = placement.with_dim(dim, [out])
         if not locals_:
-            held = factor.held(s.mesh.coordinates)
-            if held * size[i] % factor.size:
-                raise ComputeWhole("a patch does not scale to a whole number of rows")
-            size[i] = held * size[i] // factor.size
+            size[i] = out.held(s.mesh.coordinates)
             continue
         x = fetched(s, x, dim, factor, [one.need for one in locals_])
         mine = locals_[s.coordinate(factor.axis)]  # type: ignore[index]
@@ -254,7 +255,12 @@ def padding_rule(s: Sharder, node: Node) -> Node:
         widths[i] = clip(mine.need, factor.size)[1] if constant else (0, 0)
         x = fetched(s, x, dim, factor, [clip(n, factor.size)[0] for n in need] if constant else need, fill)
         crops[dim] = mine.crop
-    if any(map(any, widths)):
+    if padded.mode != "constant" and not value(x).numel():  # torch pads no empty tensor so
+        for i, (front, back) in enumerate(widths):
+            if front or back:
+                rows = value(x).shape[ndim - 1 - i]
+                x = s.build(fetch, x, ndim - 1 - i, (0, rows), ((-front, rows + back),), 0, fill)
+    elif any(map(any, widths)):
         flat = [n for pair in widths for n in pair]
         x = s.build(aten.pad.default, x, flat, padded.mode, padded.fill if padded.mode == "constant" else None)
     for dim, rows in crops.items():

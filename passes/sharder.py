@@ -169,9 +169,12 @@ class Sharder:
 
     def recut(self, x: Node, dim: int, target: Dim) -> Node:
         """`x` with dimension `dim` as `target` says."""
-        now = self[x].dims[dim]
-        if now == target:
+        if self[x].dims[dim] == target:
             return x
+        axes = {f.axis for f in target if f.axis is not None}
+        elsewhere = [d for d in range(self[x].ndim) if d != dim and axes & {f.axis for f in self[x].dims[d]}]
+        x = self.whole(x, elsewhere, list(axes))
+        now = self[x].dims[dim]
         simple = len(now) == len(target) == 1 and target[0].axis is not None
         if simple and now[0].axis in (None, target[0].axis):
             return self.rebound(x, dim, target[0])

@@ -111,17 +111,21 @@ def pvae_backend(
         complain(parsed, name, f"handed on untouched: {reason}")
         REGISTRY.add(GraphReport(name, "torch.compile", "", notes=[f"untouched: {reason}"]), _weights(inputs), code)
         # Not traced anew, so there are no strides to keep: Dynamo's graph is what eager runs.
-        return torch.fx.Interpreter(gm).run if parsed.engine == "eager" else _engine(gm, inputs, parsed, None)
+        return torch.fx.Interpreter(gm).run if parsed.engine == "eager" else _unboxed(_engine(gm, inputs, parsed, None))
     report = GraphReport(name, "torch.compile", str(parsed.pipeline), notes=[])
     REGISTRY.add(report, _weights(inputs), code)
     counter = _process_counter(parsed.rewrite_limit)
     try:
-        return compile_capture(capture, inputs, parsed, report, counter, inside_dynamo=True)
+        return _unboxed(compile_capture(capture, inputs, parsed, report, counter, inside_dynamo=True))
     except Exception as error:
         notes = getattr(error, "__notes__", [])
         if notes:  # Dynamo reports an error's message and drops its notes
             raise PvaeError(f"{type(error).__name__}: {error}; {'; '.join(notes)}") from error
         raise
+
+
+def _unboxed(run: Callable[[list[Any]], Any]) -> Callable[..., Any]:
+    return lambda *inputs: run(list(inputs))
 
 
 def _weights(inputs: Sequence[Any]) -> list[torch.Tensor]:
@@ -139,8 +143,10 @@ def compile_capture(
     free_strides: frozenset[int] = frozenset(),
     ranks: Ranks | None = None,
     observe: Observer | None = None,
-) -> Callable[..., Any]:
+) -> Callable[[list[Any]], Any]:
     """Run the pipeline on a captured graph and hand it to the engine. `inputs` match the graph's placeholders.
+
+    The result takes its inputs as one list, and empties it.
 
     `ranks` are those that the options' `shard` is about. Inputs may then be `ShardedTensor`s, and outputs in `free_strides`
     come back as such.
@@ -198,7 +204,7 @@ def compile_capture(
     return sharded(compiled)
 
 
-def _engine(gm: GraphModule, inputs: Sequence[Any], options: Options, fake_mode: Any) -> Callable[..., Any]:
+def _engine(gm: GraphModule, inputs: Sequence[Any], options: Options, fake_mode: Any) -> Callable[[list[Any]], Any]:
     if options.engine == "eager":
         return _interpreter(gm)
     current = torch._inductor.config.post_grad_custom_post_pass
@@ -216,7 +222,7 @@ def _convolves_fp32_on_cpu(node: Node) -> bool:
     return ConvNode.of(node) is not None
 
 
-def _interpreter(gm: GraphModule) -> Callable[..., Any]:
+def _interpreter(gm: GraphModule) -> Callable[[list[Any]], Any]:
     """Run `gm` node by node, with outputs in the strides that the graph states, as Inductor would return them.
 
     Fake tensors and ATen's kernels do not always agree on strides (`cat` of mixed layouts is one), and a cache that came
@@ -226,8 +232,8 @@ def _interpreter(gm: GraphModule) -> Callable[..., Any]:
     stated = [n.meta["val"] if isinstance(n, Node) and n.op == "call_function" else None for n in leaves]
     strides = [s.stride() if isinstance(s, torch.Tensor) else None for s in stated]
 
-    def run(*args: Any) -> tuple[Any, ...]:
-        outputs = torch.fx.Interpreter(gm).run(*args)
+    def run(inputs: list[Any]) -> tuple[Any, ...]:
+        outputs = torch.fx.Interpreter(gm).boxed_run(inputs)
         return tuple(o if s is None else _in_strides(o, s) for o, s in zip(outputs, strides, strict=True))
 
     return run

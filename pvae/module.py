@@ -59,7 +59,13 @@ class Program:
     report: GraphReport
 
     def __call__(self, call: Any, tensors: list[torch.Tensor], weights: list[torch.Tensor], boxes: list[Box]) -> Any:
-        outputs = self.compiled(*tensors, *weights)
+        inputs = [*tensors, *weights]
+        if not (self.returns_inputs or self.mutated):
+            # What the call overwrites is freed as it is read: nobody but the compiled graph may hold it.
+            for index, _ in self.effects:
+                boxes[index].clear()
+            tensors.clear()
+        outputs = self.compiled(inputs)
         if self.returns_inputs or self.mutated:
             own = tensors_of(call)
             for index in self.mutated:
@@ -110,6 +116,7 @@ class CompiledForward:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.ranks = None
         self.forget()
 
     @property

@@ -84,7 +84,7 @@ def ranks_of(options: Options) -> Ranks | None:
 
 
 class ShardedGraph:
-    """One rank's compiled graph: takes and returns pieces as `ShardedTensor`s, and runs only where all ranks run it.
+    """One rank's compiled graph, which takes a list and empties it: takes and returns pieces as `ShardedTensor`s, and runs only where all ranks run it.
 
     The ranks agree (`RankAgreement`) when the kind of call changes, or at every call with `check_inputs`: then the values
     of inputs that every rank brings are compared as well.
@@ -93,7 +93,7 @@ class ShardedGraph:
     def __init__(
         self,
         name: str,
-        run: Callable[..., Sequence[Any]],
+        run: Callable[[list[Any]], Sequence[Any]],
         ranks: Ranks,
         left: Mapping[int, tuple[Piece, ...]],
         collectives: tuple[str, ...],
@@ -104,10 +104,11 @@ class ShardedGraph:
         self.given = [i for i, is_weight in enumerate(weights) if not is_weight]
         self.check_inputs = check_inputs
 
-    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+    def __call__(self, inputs: list[Any]) -> tuple[Any, ...]:
         with self.ranks.guarded(self.name):
             self.ranks.agree(self, [inputs[i] for i in self.given])
-            outputs = self.run(*(i.local if isinstance(i, ShardedTensor) else i for i in inputs))
+            inputs[:] = [i.local if isinstance(i, ShardedTensor) else i for i in inputs]
+            outputs = self.run(inputs)
         return tuple(
             ShardedTensor(o, self.left[i]) if i in self.left else o for i, o in enumerate(outputs)
         )

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pvae.backend import PvaeError
 from pvae.call_structure import CONSTANTS, Box, Out, Rebuilder, Templates, Unknown, fill
 from pvae.module_state import Absent, Attribute, AttributeWatch, ModuleState, clean_caches
-from pvae.runtime.torch_compat import DATA_DEPENDENT, FakeTensorMode, new_fake_mode, static_fake
+from pvae.runtime.torch_compat import DATA_DEPENDENT, FakeTensorMode, autocast_enabled, new_fake_mode, static_fake
 
 MAX_PLANS = 64
 
@@ -191,7 +191,7 @@ class Planner:
     def plan(self, name: str, own: Callable[..., Any], args: Any, kwargs: Any) -> TilePlan:
         """The plan of `own(*args, **kwargs)`, the model's method `name`. Raises Unplannable."""
         try:
-            key = (name, signature((args, kwargs), [], []))
+            key = name, autocast_enabled(), signature((args, kwargs), [], [])
             hash(key)
         except TypeError as error:
             raise Unplannable(f"an argument is a {error}, which cannot be compared") from None
@@ -238,9 +238,9 @@ class Planner:
                 boxes: list[Box] = []
                 call = args, kwargs, self.attributes(name)
                 key = name, signature(call, tensors, boxes)
-                kind = self._kinds.get((number, key))
+                kind = self._kinds.get((number, autocast_enabled(), key))
                 if kind is None:
-                    kind = self._kinds[number, key] = self._learn(name, forward, call, mode)
+                    kind = self._kinds[number, autocast_enabled(), key] = self._learn(name, forward, call, mode)
                 outputs = [spec.empty() for spec in kind.outputs]
                 feeds = frozenset().union(*map(reads.sources, tensors))
                 fresh = [t for t in tensors if not reads.sources(t)]

@@ -113,6 +113,7 @@ class Tiles:
         self.seconds = seconds
         self.check_values = check_values
         self.running = False
+        self._noted: set[str] = set()
         self.agreement: RankAgreement | None = None
         self.planner = Planner(model, self.regions)
         self._replaced = {n: model.__dict__.get(n, Absent.ABSENT) for n in ENTRIES if hasattr(model, n)}
@@ -252,7 +253,8 @@ class Tiles:
         def take(name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
             call, held, tensors, boxes = self._next(calls, name, args, kwargs)
             outputs = [
-                results[call.number, i] if i in call.sends else spec.nothing() for i, spec in enumerate(call.kind.outputs)
+                results[call.number, i] if i in call.sends else spec.nothing()
+                for i, spec in enumerate(call.kind.outputs)
             ]
             value = call.kind.replay(outputs, tensors, boxes)
             self.planner.write_attributes(name, held)
@@ -294,7 +296,8 @@ class Tiles:
                 self.model.__dict__["_hf_hook"] = hook
 
     def _note(self, text: str) -> None:
-        if text not in REGISTRY.find(self.model).notes:
+        if text not in self._noted:
+            self._noted.add(text)
             REGISTRY.note(getattr(type(self.model).forward, "__code__", None), text)
 
 

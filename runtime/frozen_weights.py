@@ -28,9 +28,9 @@ class _Entry:
 
 
 class FrozenWeights:
-    """Calls `compiled(*args, *prepared)` with `prepared = prepare(*weights)`, made once for each set of weights.
+    """Calls `compiled([*args, *prepared])` with `prepared = prepare(*weights)`, made once for each set of weights.
 
-    `indexes` are the positions in args of the weights that `prepare` takes. One compiled graph may serve many layers, so
+    `args` is a list that the call empties; `indexes` are the positions in it of the weights that `prepare` takes. One compiled graph may serve many layers, so
     entries are kept for every set of weights that is alive; an entry is made anew when a stamp changes, and dropped when
     one of its weights dies.
     """
@@ -42,7 +42,7 @@ class FrozenWeights:
         self._entries: dict[tuple[int, ...], _Entry] = {}
         _ALL.add(self)
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, args: list[Any]) -> Any:
         weights = [args[i] for i in self.indexes]
         key = tuple(map(id, weights))
         entry = self._entries.get(key)
@@ -51,7 +51,8 @@ class FrozenWeights:
                 prepared = tuple(self.prepare(*weights))
             entry = _Entry([weakref.ref(w, self._dropper(key)) for w in weights], _stamp(weights), prepared)
             self._entries[key] = entry
-        return self.compiled(*args, *entry.prepared)
+        args += entry.prepared
+        return self.compiled(args)
 
     def _dropper(self, key: tuple[int, ...]) -> Callable[[Any], None]:
         entries = self._entries

@@ -17,7 +17,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from pvae.runtime.fetch import fetch
-from pvae.runtime.torch_compat import disabled_torch_function, wrapper_tensor
+from pvae.runtime.torch_compat import wrapper_tensor
 
 __all__ = ["Piece", "ShardedTensor"]
 
@@ -65,8 +65,6 @@ class ShardedTensor(torch.Tensor):
     pieces: tuple[Piece, ...]
     channels_last: bool
 
-    __torch_function__ = disabled_torch_function
-
     def __new__(cls, local: torch.Tensor, pieces: Sequence[Piece], channels_last: bool = False) -> ShardedTensor:
         pieces = tuple(pieces)
         _check(local, pieces, channels_last)
@@ -88,6 +86,7 @@ class ShardedTensor(torch.Tensor):
         self.local, self.pieces, self.channels_last = local, pieces, channels_last
         return self
 
+    @torch.compiler.disable  # a backend is not to compile what it is made of
     def whole(self) -> torch.Tensor:
         """The whole tensor, plain, dense in its memory format, in memory of its own. A collective: every rank must call it.
 
@@ -154,6 +153,7 @@ class ShardedTensor(torch.Tensor):
         return ShardedTensor._wrap(inner["local"], *context, outer_size, outer_stride)
 
     @classmethod
+    @torch.compiler.disable
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from types import CodeType
 from typing import Any
 
@@ -40,7 +41,6 @@ __all__ = [
     "cpp_compiler",
     "current_frame",
     "default_store",
-    "disabled_torch_function",
     "enable_python_dispatcher",
     "free_unbacked_symbols",
     "functional_graph",
@@ -58,9 +58,6 @@ __all__ = [
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 is_compiling = torch.compiler.is_compiling
 autocast_enabled = torch._C._is_any_autocast_enabled
-disabled_torch_function = (
-    torch._C._disabled_torch_function_impl
-)  # what a subclass has that acts in `__torch_dispatch__`
 
 
 def default_store() -> torch.distributed.Store:
@@ -167,13 +164,32 @@ def compile_fx(
     config_patches: dict[str, Any],
     fake_mode: FakeTensorMode | None,
 ) -> Callable[..., Any]:
-    """Inductor. `fake_mode` is given where there is no Dynamo around the call that has one."""
+    """Inductor. `fake_mode` is given where there is no Dynamo around the call that has one.
+
+    The result takes its inputs as one list, which it empties: an input that nobody else holds is freed when it was read
+    for the last time (a causal decoder's old caches, while the new ones are made).
+    """
     from torch._inductor.compile_fx import compile_fx as inductor  # slow to import, and not needed by engine="eager"
 
-    if fake_mode is None:
-        return inductor(graph_module, inputs, config_patches=config_patches)
-    with tracing(TracingContext(fake_mode)):
-        return inductor(graph_module, inputs, config_patches=config_patches)
+    with tracing(TracingContext(fake_mode)) if fake_mode is not None else nullcontext():
+        compiled = inductor(graph_module, inputs, config_patches=config_patches)
+    constants = any(node.op == "get_attr" for node in graph_module.graph.nodes)
+    taking_a_list = None if constants else _taking_a_list(compiled)
+    return (lambda inputs: compiled(*inputs)) if taking_a_list is None else taking_a_list
+
+
+def _taking_a_list(compiled: Callable[..., Any]) -> Callable[[list[Any]], Any] | None:
+    """The function of one list inside the one of many arguments, which AOTAutograd wraps around it.
+
+    That wrapper holds on to its arguments; all it adds to them are the graph's own tensors (here there are none).
+    """
+    found: Any = compiled
+    while found is not None:
+        inner = getattr(found, "__wrapped__", None)
+        if getattr(getattr(found, "__code__", None), "co_qualname", "") == "aot_module_simplified.<locals>.forward":
+            return inner
+        found = inner
+    return None
 
 
 def wrapper_tensor(cls: type, shape: Sequence[int], strides: Sequence[int], like: torch.Tensor) -> Any:
@@ -184,7 +200,7 @@ def wrapper_tensor(cls: type, shape: Sequence[int], strides: Sequence[int], like
 
 
 def side_effect_outputs() -> frozenset[int] | None:
-    """Within a Dynamo backend: the outputs of the graph that leave the function as side effects alone.
+    """Within a Dynamo backend: the graph's outputs, by index, that are tensors and leave the function as side effects alone.
 
     Those are items of lists and dicts and attributes of objects that were there before the call. An output that is also
     returned, or alive after a graph break, is none of them. None where it cannot be told, and outside Dynamo.
@@ -229,6 +245,8 @@ def side_effect_outputs() -> frozenset[int] | None:
     returned = reached([*tx.stack, *alive])
     written = reached([v for v in effects._get_modified_vars() if isinstance(v.mutation_type, existing)])
     (output,) = tx.output.graph.find_nodes(op="output")
-    if not returned | written >= set(output.args[0]):
+    nodes = [(i, node) for i, node in enumerate(output.args[0]) if isinstance(node, torch.fx.Node)]
+    tensors = [(i, node) for i, node in nodes if isinstance(node.meta.get("example_value"), torch.Tensor)]
+    if not all(node in returned or node in written for _, node in tensors):
         return None
-    return frozenset(i for i, node in enumerate(output.args[0]) if node not in returned)
+    return frozenset(i for i, node in tensors if node not in returned)

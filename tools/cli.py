@@ -24,6 +24,9 @@ from pvae.tools.cli_options import Json, comma_list, model_command
 from pvae.tools.coverage import complete, cover, markdown
 from pvae.tools.doctor import BROKEN, examine
 from pvae.tools.model_run import Request, RequestError, Trace, dtype_named, size_named, trace_shapes
+from pvae.tools.plan import plan_worlds, world_named
+from pvae.tools.plan_picture import picture
+from pvae.tools.plan_text import details, overview
 from pvae.tools.timing import measure
 from pvae.tools.zoo import Unsupported
 from pvae.tools.zoo import names as zoo_names
@@ -279,6 +282,39 @@ def bisect(request: Request, as_json: Json = False) -> None:
         for line in show.difference(culprit.diff):
             console.print(line, soft_wrap=True)
     raise typer.Exit(culprit.kind != "good")
+
+
+@model_command(app)
+def plan(
+    request: Request,
+    world: Annotated[str, typer.Option(help="Numbers of ranks.")] = "1,2,4,8",
+    shard: Annotated[str | None, typer.Option(help="halo, patch, none, or auto: what costs least.")] = None,
+    shard_dims: Annotated[str | None, typer.Option(help="auto, h (rows), w (columns), hw.")] = None,
+    machine: Annotated[
+        str, typer.Option(help="A preset and constants of your own, as h200,memory=4e12 (an unknown one lists them).")
+    ] = "h200",
+    svg: Annotated[Path | None, typer.Option(help="Draw the partitions here.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """What sharding over so many ranks does and costs: partition, exchanges, memory, time. By shapes alone, no GPU."""
+
+    def say(text: str) -> None:
+        show.console(stderr=True).print(f"tracing {text}", style="dim")
+
+    ranks = comma_list(world, world_named)
+    model, traced, plans = plan_worlds(request, ranks, shard, shard_dims, machine, say)
+    if svg is not None:
+        svg.write_text(picture(plans))
+    if as_json:
+        emit({"request": traced.to_dict(), "machine": asdict(model), "plans": [p.to_dict() for p in plans]})
+        return
+    out = show.console()
+    print(f"machine {model.name}: {model.source}\ngraphs as on {traced.torch_device}, {plans[0].input_text}\n")
+    out.print(overview(plans))
+    for found in plans:
+        print()
+        for part in details(found):
+            out.print(part, soft_wrap=isinstance(part, str), markup=False)
 
 
 @app.command()

@@ -16,14 +16,14 @@ class Counting:
 
     def __init__(self) -> None:
         self.prepared = 0
-        self.frozen = FrozenWeights(lambda x, w, p: (x + p, w), self.prepare, [1])
+        self.frozen = FrozenWeights(lambda args: (args[0] + args[2], args[1]), self.prepare, [1])
 
     def prepare(self, w: Tensor) -> tuple[Tensor]:
         self.prepared += 1
         return (w * 10,)
 
     def __call__(self, w: Tensor, x: float = 0.0) -> Any:
-        return self.frozen(torch.tensor(x), w)[0].item()
+        return self.frozen([torch.tensor(x), w])[0].item()
 
 
 def test_once_for_each_weight() -> None:

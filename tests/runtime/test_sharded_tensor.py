@@ -103,6 +103,7 @@ def test_the_whole_of_any_pieces(
             piece(dims[axis], bounds[axis], mesh.groups[axis], mesh.coordinates[axis], context) for axis in (0, 1)
         )
         sharded = cut(whole, pieces, channels_last)
+        sharded.whole().zero_()  # in memory of its own
         return sharded, sharded.whole(), torch.cat([sharded, whole])
 
     for sharded, gathered, doubled in on_threads(len(rows) * len(columns), run):
@@ -268,7 +269,8 @@ class Sharding:
     """A backend that runs Dynamo's graph on rank 1's columns and leaves what it returns sharded."""
 
     def __init__(self, columns: tuple[int, ...]) -> None:
-        self.piece, self.kinds = piece(3, columns, "no such group", 1), []
+        self.piece = piece(3, columns, "no such group", 1)
+        self.kinds: list[list[type]] = []
 
     def __call__(self, gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         examples = [n.meta["example_value"] for n in gm.graph.find_nodes(op="placeholder")]
@@ -334,3 +336,29 @@ def test_other_backends_gather(backend: str) -> None:
     with torch.no_grad():
         got = torch.compile(lambda t: t[:, :, 1:] * 2, backend=backend, fullgraph=True)(alone(x))
     assert type(got) is Tensor and torch.equal(got, x[:, :, 1:] * 2)
+
+
+def test_the_gather_itself_is_not_compiled() -> None:
+    """Dynamo looks into whatever runs after a graph break: the backend must not get to see how a tensor is gathered."""
+    seen = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        seen.append(gm)
+        return gm
+
+    x = torch.randn(1, 2, 5, 4)
+    found = torch.compile(lambda cache: cache.nonzero(), backend=backend)(alone(x))
+    assert torch.equal(found, x.nonzero()) and not seen
+
+
+def test_whole_in_a_compiled_function_is_a_node() -> None:
+    """A backend that has unwrapped its inputs has no more to do there."""
+    seen: list[Any] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        seen.extend(node.target for node in gm.graph.find_nodes(op="call_method", target="whole"))
+        return gm
+
+    x = torch.randn(1, 2, 5, 4)
+    got = torch.compile(lambda cache: cache.whole() + 1, backend=backend, fullgraph=True)(alone(x))
+    assert torch.equal(got, x + 1) and seen == ["whole"]

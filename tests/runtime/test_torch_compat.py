@@ -74,7 +74,8 @@ def test_current_frame_outside_dynamo() -> None:
 
 
 class Box:
-    pass
+    inner: object
+    value: object
 
 
 def _list(x: Tensor, c: list) -> Tensor:
@@ -171,7 +172,8 @@ def test_side_effects_on_modules_and_dicts() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("buffer", torch.zeros(3))
-            self.caches, self.table = [None, None], {}
+            self.caches: list[Tensor | None] = [None, None]
+            self.table: dict[str, Tensor] = {}
 
         def forward(self, x: Tensor) -> Tensor:
             self.buffer, self.caches[1], self.table["last"] = x + 1, x + 2, x + 3
