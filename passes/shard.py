@@ -41,15 +41,14 @@ def spatial_inputs(graph: Graph, weights: frozenset[str]) -> list[Node]:
     return [n for n in found if value(n).dim() in (4, 5) and min(value(n).shape[-2:]) > 1]
 
 
-def _first_bounds(graph: Graph, main: Node, dim: int, world: int) -> Bounds:
-    """Bounds of dimension `dim` (-2 or -1) of the first picture: even, or such that an encoder's output is even."""
+def _stride(graph: Graph, main: Node, dim: int) -> int:
+    """Rows of the first picture that become one of the first result (an encoder's); 1 where the result has no fewer."""
     size = static(value(main).shape[dim])
     if size is None:
         raise ShardError("sharding needs static sizes; compile with dynamic=False")
     outputs = [n for n in torch.utils._pytree.tree_leaves(output_node(graph).args) if isinstance(n, Node)]
     planes = [value(n).shape[dim] for n in outputs if is_tensor(n) and value(n).dim() in (4, 5)]
-    stride = -(-size // planes[0]) if planes and planes[0] > 0 else 1
-    return even(size, world, max(stride, 1))
+    return max(1, -(-size // planes[0])) if planes and planes[0] > 0 else 1
 
 
 def _scaled(bounds: Bounds, size: int) -> Bounds:
@@ -70,7 +69,7 @@ def shard_graph(graph: Graph, context: Context, report: Report) -> None:
     mesh, options = context.mesh, context.options
     if mesh is None or options.shard in ("none", "tile") or max(mesh.shape) == 1:
         return
-    if options.shard not in ("halo", "patch"):
+    if options.shard not in ("halo", "patch"):  # auto is decided before the pipeline runs
         raise ShardError(f"shard={options.shard!r} is not a form of a graph; the forms are halo and patch")
     sharder = Sharder(graph, mesh, report, patch=options.shard == "patch")
     planes = spatial_inputs(graph, context.weights)
@@ -78,7 +77,9 @@ def shard_graph(graph: Graph, context: Context, report: Report) -> None:
     if not planes and not context.held:
         report.refusals.append(Record("shard", "inputs", "", "no input is a picture [N, C, H, W] or [N, C, T, H, W]"))
         return
-    first = {d: _first_bounds(graph, planes[0], d, n) for d, n in zip(plane_dims, mesh.shape, strict=True)} if planes else {}
+    ranks = dict(zip(plane_dims, mesh.shape, strict=True))
+    strides = {d: _stride(graph, planes[0], d) for d in plane_dims} if planes else {}
+    first = {d: even(value(planes[0]).shape[d], ranks[d], strides[d]) for d in strides}
     for node in planes:
         if node.name in context.held:
             continue
@@ -88,7 +89,7 @@ def shard_graph(graph: Graph, context: Context, report: Report) -> None:
                 continue
             size = value(node).shape[dim]
             bounds = first[dim] if node is planes[0] else _scaled(first[dim], size)
-            rows = options.patch_context if sharder.patch else 0
+            rows = options.patch_context * strides[dim] if sharder.patch else 0
             factor = _with_context(size, axis, bounds, rows * size // value(planes[0]).shape[dim])
             placement = placement.with_dim(len(placement.dims) + dim, [factor])
         _cut_input(sharder, node, placement)
@@ -105,7 +106,9 @@ def shard_dims(choice: str, mesh: Mesh) -> str:
     """`h`, `w` or `hw` for what the options say; `auto` is rows on a mesh of one axis, else both."""
     name = choice if choice != "auto" else ("h" if len(mesh.shape) == 1 else "hw")
     if len(name) != len(mesh.shape):
-        raise ShardError(f"shard_dims={choice!r} splits {len(name)} dimensions, the mesh {mesh.shape} has {len(mesh.shape)} axes")
+        raise ShardError(
+            f"shard_dims={choice!r} splits {len(name)} dimensions, the mesh {mesh.shape} has {len(mesh.shape)} axes"
+        )
     return name
 
 

@@ -7,12 +7,14 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from types import CodeType
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
+from pvae.auto_shard import choose_sharding
 from pvae.cache_key import KeyPass
 from pvae.capture import Capture, capture_graph, tensor_constants
 from pvae.options import OptionError, Options, parse_options
@@ -22,15 +24,17 @@ from pvae.passes.pipeline import Observer, run_pipeline
 from pvae.passes.prepare_weights import split_weight_work
 from pvae.passes.rule import Context, RewriteCounter
 from pvae.passes.shard import collectives
-from pvae.ranks import Ranks, ShardedGraph
+from pvae.passes.shard_choice import Choice
+from pvae.ranks import Ranks, ShardedGraph, ranks_of, world_size
 from pvae.report import GraphReport, Registry
 from pvae.runtime.frozen_weights import FrozenWeights
 from pvae.runtime.sharded_tensor import ShardedTensor
-from pvae.runtime.torch_compat import compile_fx, current_frame, inductor_settings
+from pvae.runtime.torch_compat import compile_fx, current_frame, inductor_settings, side_effect_outputs
 
 REGISTRY = Registry()
 _COUNTERS: dict[int | None, RewriteCounter] = {}
 _SHARED: dict[str, tuple[Callable[..., Any], GraphReport]] = {}
+_CHOSEN: dict[CodeType | None, tuple[Options, Choice]] = {}
 _SAID: set[tuple[str, str]] = set()
 
 
@@ -56,6 +60,7 @@ def reset() -> None:
     REGISTRY.clear()
     _COUNTERS.clear()
     _SHARED.clear()
+    _CHOSEN.clear()
     _SAID.clear()
 
 
@@ -85,7 +90,8 @@ def _untouched_because(gm: GraphModule, inputs: Sequence[Any]) -> str | None:
 
 def overlapping(inputs: Sequence[Any]) -> bool:
     """Whether two of the tensors share memory."""
-    storages = [i.untyped_storage().data_ptr() for i in inputs if isinstance(i, torch.Tensor) and i.numel()]
+    tensors = [i.local if isinstance(i, ShardedTensor) else i for i in inputs if isinstance(i, torch.Tensor)]
+    storages = [t.untyped_storage().data_ptr() for t in tensors if t.numel()]
     return len(set(storages)) < len(storages)
 
 
@@ -101,10 +107,16 @@ def pvae_backend(
     code, _ = current_frame()
     name = _name(code)
     watch_dynamo()
+    if parsed.shard == "tile":
+        raise PvaeError(
+            "shard='tile' spreads the model's own tiles, which one compiled graph does not know: "
+            "use pvae.compile(vae, shard='tile'); torch.compile takes shard='halo', 'patch' and 'auto'"
+        )
     reason = _untouched_because(gm, inputs)
     capture = None
     if reason is None:
-        capture = capture_graph(gm, inputs)
+        sharded = parsed.shard != "none" and world_size() > 1
+        capture = capture_graph(gm, inputs, static=sharded)
         if capture.mutated and overlapping(inputs):
             reason = "an input that is written shares memory with another input"
     if reason is not None or capture is None:
@@ -116,12 +128,42 @@ def pvae_backend(
     REGISTRY.add(report, _weights(inputs), code)
     counter = _process_counter(parsed.rewrite_limit)
     try:
-        return _unboxed(compile_capture(capture, inputs, parsed, report, counter, inside_dynamo=True))
+        if parsed.shard == "auto":
+            parsed = _chosen_for(code, capture, parsed, report)
+        ranks = ranks_of(parsed)
+        caches = side_effect_outputs() if ranks is not None else None
+        with nullcontext() if ranks is None else ranks.guarded(name):
+            compiled = compile_capture(
+                capture,
+                _fake_pieces(gm, inputs),
+                parsed,
+                report,
+                counter,
+                inside_dynamo=True,
+                free_strides=caches or frozenset(),
+                ranks=ranks,
+            )
+        return _unboxed(compiled)
     except Exception as error:
         notes = getattr(error, "__notes__", [])
         if notes:  # Dynamo reports an error's message and drops its notes
             raise PvaeError(f"{type(error).__name__}: {error}; {'; '.join(notes)}") from error
         raise
+
+
+def _fake_pieces(gm: GraphModule, inputs: Sequence[Any]) -> list[Any]:
+    """The inputs, with the fakes that Dynamo made of `ShardedTensor`s in place of these."""
+    examples = [n.meta.get("example_value") for n in placeholders(gm.graph)]
+    return [e if isinstance(e, ShardedTensor) else i for e, i in zip(examples, inputs, strict=True)]
+
+
+def _chosen_for(code: CodeType | None, capture: Capture, options: Options, report: GraphReport) -> Options:
+    """What `shard="auto"` comes to, decided once for all graphs of a function: caches go from one to the other."""
+    if code not in _CHOSEN:
+        _CHOSEN[code] = choose_sharding(capture, options, world_size())
+    chosen, choice = _CHOSEN[code]
+    report.notes.append(f"shard=auto: {choice.reason}")
+    return chosen
 
 
 def _unboxed(run: Callable[[list[Any]], Any]) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from pvae.passes.ir import aten, output_node, placeholders
+from pvae.runtime.sharded_tensor import ShardedTensor
 from pvae.runtime.torch_compat import FakeTensor, FakeTensorMode, functional_graph, static_fake
 
 VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
@@ -56,13 +57,20 @@ def _finish(gm: GraphModule, mutated: list[int], mode: FakeTensorMode | None) ->
     gm.recompile()
 
 
-def capture_graph(gm: GraphModule, inputs: Sequence[Any]) -> Capture:
-    """Re-trace Dynamo's `gm`. `inputs` are the real inputs; parameters among them mark which placeholders are weights."""
+def capture_graph(gm: GraphModule, inputs: Sequence[Any], *, static: bool = False) -> Capture:
+    """Re-trace Dynamo's `gm`. `inputs` are the real inputs; parameters among them mark which placeholders are weights.
+
+    `static` fixes symbolic sizes to today's, so that Dynamo compiles anew for others. A `ShardedTensor` is traced as the
+    whole tensor.
+    """
     start = time.perf_counter()
     nodes = placeholders(gm.graph)
     examples = [n.meta.get("example_value", n.meta.get("val")) for n in nodes]
     examples = [e if e is not None else i for e, i in zip(examples, inputs, strict=True)]
+    examples = [e.whole() if isinstance(e, ShardedTensor) else e for e in examples]
     mode = next((e.fake_mode for e in examples if isinstance(e, FakeTensor)), None)
+    if static and mode is not None:
+        examples = [_with_todays_sizes(e, mode) for e in examples]
 
     def run(*args: Any) -> list[Any]:
         result = torch.fx.Interpreter(gm).run(*args)
@@ -73,6 +81,17 @@ def capture_graph(gm: GraphModule, inputs: Sequence[Any]) -> Capture:
     names = [n.name for n in placeholders(traced.graph)]
     weights = frozenset(n for n, i in zip(names, inputs, strict=True) if isinstance(i, torch.nn.Parameter))
     return Capture(traced, mode, weights, tuple(mutated), time.perf_counter() - start)
+
+
+def _with_todays_sizes(example: Any, mode: FakeTensorMode) -> Any:
+    """`int(size)` makes Dynamo guard on the size."""
+    if isinstance(example, torch.SymInt):
+        return int(example)
+    if not isinstance(example, torch.Tensor):
+        return example
+    with mode:
+        sizes, strides = [int(n) for n in example.shape], [int(n) for n in example.stride()]
+        return torch.empty_strided(sizes, strides, dtype=example.dtype, device=example.device)
 
 
 def capture_run(

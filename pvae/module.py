@@ -10,12 +10,13 @@ import functools
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from pvae.auto_shard import choose_sharding
 from pvae.backend import REGISTRY, PvaeError, compile_capture, complain, overlapping, pvae_backend
 from pvae.call_structure import Box, In, Out, Rebuilder, Templates, Unknown, describe, fill, same_layout, tensors_of
 from pvae.capture import capture_run, tensor_constants
@@ -26,7 +27,7 @@ from pvae.passes import channels_last
 from pvae.passes.channels_last import no_gain
 from pvae.passes.pipeline import Observer
 from pvae.passes.rule import RewriteCounter
-from pvae.ranks import Ranks, ranks_of
+from pvae.ranks import Ranks, ranks_of, world_size
 from pvae.report import GraphReport
 from pvae.runtime import frozen_weights
 from pvae.runtime.sharded_tensor import ShardedTensor
@@ -38,6 +39,7 @@ from pvae.runtime.torch_compat import (
     new_fake_mode,
     static_fake,
 )
+from pvae.tiles import install_tiles, remove_tiles, tiles_of
 
 MAX_PROGRAMS = 64
 _TRACING = threading.RLock()  # torch's tracing modes are the process's, not a thread's
@@ -130,7 +132,7 @@ class CompiledForward:
             return self._eager(self._stays_eager, args, kwargs)
         if self._by_dynamo is not None:
             return self._by_dynamo(*args, **kwargs)
-        if self.ranks is None and self.options.shard not in ("none", "tile"):
+        if self.ranks is None and self.options.shard in ("halo", "patch"):
             self.ranks = ranks_of(self.options)
         state = self._state
         attributes = None if state is None or state.changed() else state.attributes()
@@ -242,9 +244,13 @@ class CompiledForward:
                 self._state = ModuleState(self.module, self._written)
                 self._layout = layout_key(self._state.current())
                 return None
-            if capture.mutated and overlapping([t for t in (*tensors, *weights) if not isinstance(t, ShardedTensor)]):
+            if capture.mutated and overlapping([*tensors, *weights]):
                 return "an input that is written shares memory with another input"
             report = GraphReport(self.name, "pvae.compile", str(self.options.pipeline))
+            if self.options.shard == "auto":
+                self.options, choice = choose_sharding(capture, self.options, world_size())
+                self.ranks = ranks_of(self.options)
+                report.notes.append(f"shard=auto: {choice.reason}")
             constants = len(tensor_constants(capture.gm))
             if constants:
                 report.notes.append(f"{constants} tensors made in forward are constants of the graph")
@@ -380,6 +386,11 @@ def compile_with(model: nn.Module, options: Options) -> nn.Module:
     for name, module in regions(model).items():
         where = f"{type(model).__name__}.{name}" if name else type(model).__name__
         module.forward = CompiledForward(module, where, options, counter)
+    if options.shard == "tile":
+        ranks = ranks_of(replace(options, shard_dims="h", mesh=None))
+        assert ranks is not None
+        checked = options.check_inputs == "on"
+        install_tiles(model, regions(model), ranks.mesh, options, seconds=options.timeout, check_values=checked)
     return model
 
 
@@ -391,6 +402,7 @@ def compiled_forwards(model: nn.Module) -> list[CompiledForward]:
 
 def restore(model: nn.Module) -> nn.Module:
     """Undo `compile`: every region gets the forward that it had."""
+    remove_tiles(model)
     for forward in compiled_forwards(model):
         module = forward.module
         if getattr(forward.original, "__func__", None) is type(module).forward:
@@ -404,5 +416,8 @@ def refresh(model: nn.Module) -> None:
     """Forget what was captured or prepared from `model`: call it after writing weights through `.data` under
     `weights="frozen"`, or after changing a plain attribute of a module."""
     frozen_weights.forget([*model.parameters(), *model.buffers()])
+    tiles = tiles_of(model)
+    if tiles is not None:
+        tiles.planner.forget()
     for forward in compiled_forwards(model):
         forward.forget()

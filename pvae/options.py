@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from pvae.passes.machine import machine_named
 from pvae.passes.pipeline import Pipeline, pass_named
 
 PREFIX = "PVAE_"
@@ -37,6 +38,7 @@ class Options:
     gather         on: results are whole on every rank; off: they stay pieces (`ShardedTensor`, whose `.local` is this
                    rank's and `.whole()` the result)
     approximate    on: auto may choose approximate forms
+    machine        what auto's predictions are for: h200, or with constants replaced, such as h200,memory=4e12
     timeout        seconds that ranks wait for each other before it is an error that names who is missing
     check_inputs   on: every call compares the inputs' values over ranks (off: shapes, when the kind of call changes)
     passes         pipeline text instead of the default one, such as `canonicalize,conv3d_unfold{form=unfold2d}`
@@ -59,6 +61,7 @@ class Options:
     patch_context: int = 4
     gather: str = "on"
     approximate: str = "off"
+    machine: str = "h200"
     timeout: float = 300.0
     check_inputs: str = "off"
     passes: str = "default"
@@ -126,7 +129,11 @@ def _mesh(value: Any) -> tuple[int, ...] | None:
     if value in (None, "", "auto"):
         return None
     try:
-        shape = tuple(map(int, value.split("x") if isinstance(value, str) else (value if isinstance(value, Sequence) else [value])))
+        shape = tuple(
+            map(
+                int, value.split("x") if isinstance(value, str) else (value if isinstance(value, Sequence) else [value])
+            )
+        )
     except (TypeError, ValueError):
         shape = ()
     if not 1 <= len(shape) <= 2 or min(shape) < 1:
@@ -145,6 +152,8 @@ def _checked(name: str, value: Any) -> Any:
             raise OptionError(f"{name}={value!r} is not possible; valid values of {name}: {', '.join(CHOICES[name])}")
     elif name == "mesh":
         value = _mesh(value)
+    elif name == "machine":
+        machine_named(value)
     elif name == "patch_context":
         value = _whole_number(name, value)
     elif name == "timeout":

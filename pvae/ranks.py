@@ -46,15 +46,17 @@ _worlds: WeakKeyDictionary[dist.ProcessGroup, dict[Any, Ranks]] = WeakKeyDiction
 def mesh_shape(options: Options, world: int) -> tuple[int, ...]:
     """The mesh that the options ask for in a world of that size: a line, or as square as can be for rows and columns.
 
-    Raises OptionError where `mesh` and `shard_dims` disagree, or with the world.
+    A mesh of fewer ranks is repeated: every copy of it computes the same. Raises OptionError where `mesh` does not fit.
     """
     both = options.shard_dims == "hw" or (options.shard_dims == "auto" and options.shard == "patch")
     if options.mesh is None:
-        rows = next(r for r in range(math.isqrt(world), 0, -1) if world % r == 0) if both else world
+        rows = next(r for r in range(math.isqrt(world), 0, -1) if world % r == 0)
         return (rows, world // rows) if both else (world,)
-    if math.prod(options.mesh) != world:
+    if world % math.prod(options.mesh):
         text = "x".join(map(str, options.mesh))
-        raise OptionError(f"mesh={text} has {math.prod(options.mesh)} ranks; torch.distributed has {world}")
+        raise OptionError(
+            f"mesh={text}: {math.prod(options.mesh)} ranks do not divide the {world} of torch.distributed"
+        )
     if options.shard_dims != "auto" and len(options.mesh) != len(options.shard_dims):
         raise OptionError(
             f"shard_dims={options.shard_dims} needs a mesh of {len(options.shard_dims)} axes, not {options.mesh}"
@@ -69,25 +71,31 @@ def ranks_of(options: Options) -> Ranks | None:
     """
     if options.shard == "none":
         return None
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        mesh_shape(options, 1)
-        return Ranks(Mesh((1,), (None,), 0, (0,)), None)
-    shape = mesh_shape(options, dist.get_world_size())
+    if world_size() == 1:
+        return Ranks(Mesh((1,), (None,), 0, (0,)))
+    shape = mesh_shape(options, world_size())
     known = _worlds.setdefault(dist.group.WORLD, {})
     if (shape, options.timeout) not in known:
         agreement = RankAgreement.of(None, options.timeout)
         # Making groups waits for every rank without a word: first see that all are here, and mean the same.
         agreement.agree("pvae's mesh", (), (options.shard, options.shard_dims, shape))
-        mesh = make_mesh(shape, timedelta(seconds=options.timeout))
+        copies = world_size() // math.prod(shape)
+        made = make_mesh((copies, *shape), timedelta(seconds=options.timeout))
+        mesh = Mesh(shape, made.groups[1:], made.rank, made.coordinates[1:])
         known[shape, options.timeout] = Ranks(mesh, agreement)
     return known[shape, options.timeout]
 
 
-class ShardedGraph:
-    """One rank's compiled graph, which takes a list and empties it: takes and returns pieces as `ShardedTensor`s, and runs only where all ranks run it.
+def world_size() -> int:
+    """How many ranks there are; 1 without `torch.distributed` initialised."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
-    The ranks agree (`RankAgreement`) when the kind of call changes, or at every call with `check_inputs`: then the values
-    of inputs that every rank brings are compared as well.
+
+class ShardedGraph:
+    """One rank's compiled graph, which takes a list and empties it: pieces come and go as `ShardedTensor`s.
+
+    It runs only where all ranks run it: they agree (`RankAgreement`) when the kind of call changes, or at every call with
+    `check_inputs`; then the values of inputs that every rank brings are compared as well.
     """
 
     def __init__(
@@ -109,6 +117,4 @@ class ShardedGraph:
             self.ranks.agree(self, [inputs[i] for i in self.given])
             inputs[:] = [i.local if isinstance(i, ShardedTensor) else i for i in inputs]
             outputs = self.run(inputs)
-        return tuple(
-            ShardedTensor(o, self.left[i]) if i in self.left else o for i, o in enumerate(outputs)
-        )
+        return tuple(ShardedTensor(o, self.left[i]) if i in self.left else o for i, o in enumerate(outputs))

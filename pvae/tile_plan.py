@@ -209,9 +209,9 @@ class Planner:
                 number = None
             except Unplannable as error:
                 found = error
-        if len(self._plans) >= MAX_PLANS:
-            self._plans.pop(next(iter(self._plans)))
         self._plans[number, key] = found
+        if len(self._plans) > MAX_PLANS:
+            self._plans.pop(next(iter(self._plans)))  # the oldest
         if isinstance(found, Unplannable):
             raise found
         return found

@@ -23,12 +23,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import pvae
-from pvae import tile_blend, tiles
+from pvae import tiles
 from pvae.module import compiled_forwards, regions
 from pvae.options import Options
 from pvae.runtime.mesh import Mesh
 from pvae.runtime.rank_agreement import RankAgreement, RankError
-from pvae.tile_blend import VectorBlend, blend, vectorise_blends
+from pvae.tile_blend import VectorBlend
 from pvae.tile_plan import TilePlan
 from pvae.tiles import Tiles, install_tiles, remove_tiles, tiles_of
 
@@ -287,6 +287,18 @@ def test_removal_and_flags() -> None:
     assert model.use_tiling, "it was on before"
 
 
+def test_inference_mode_and_regions_of_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Toy(Whole())
+    wanted = serial(model, Z)
+    model.decoder = torch.compile(model.decoder, backend="eager")
+    InOneProcess(model, monkeypatch)
+    for _ in range(2):
+        with torch.inference_mode():
+            assert torch.equal(model.decode(Z.clone()), wanted)
+    assert torch.equal(model.decode(Z), wanted)
+    assert "4 calls in 4 tasks" in why(model)
+
+
 def test_one_rank_runs_the_model_as_it_is() -> None:
     model = Toy(lambda self, zs: torch.cat([self.decoder(z) for z in zs], -1))
     wanted = serial(model, Z)
@@ -368,64 +380,6 @@ def test_owners(costs: list[int], world: int) -> None:
     assert max(load) <= max(4 / 3 * max(sum(costs) / world, max(costs)) + max(costs) / 3, max(costs))
     if 0 in load:
         assert max(map(owners.count, range(world))) == 1
-
-
-# Blends -----------------------------------------------------------------------------------------------------------------
-
-
-def loop(a: Tensor, b: Tensor, blend_extent: int, dim: int) -> Tensor:
-    """diffusers' blend, for any dimension."""
-    blend_extent = min(a.shape[dim], b.shape[dim], blend_extent)
-    for y in range(blend_extent):
-        row = a.select(dim, a.shape[dim] - blend_extent + y) * (1 - y / blend_extent)
-        b.select(dim, y).copy_(row + b.select(dim, y) * (y / blend_extent))
-    return b
-
-
-@given(
-    sizes=st.lists(st.integers(1, 5), min_size=3, max_size=5),
-    longer=st.integers(-2, 3),
-    extent=st.integers(-1, 9),
-    dim=st.sampled_from([-1, -2, -3]),
-    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
-    last=st.booleans(),
-)
-def test_blend_is_the_loop_to_the_bit(
-    sizes: list[int], longer: int, extent: int, dim: int, dtype: torch.dtype, last: bool
-) -> None:
-    other = [*sizes]
-    other[dim] = max(1, other[dim] + longer)
-    a, b = torch.randn(other, dtype=torch.float64).to(dtype), torch.randn(sizes, dtype=torch.float64).to(dtype)
-    if last and b.dim() == 4:
-        b = b.contiguous(memory_format=torch.channels_last)
-    before, ours, theirs = a.clone(), b.clone(), b.clone()
-    assert blend(a, ours, extent, dim) is ours
-    assert torch.equal(ours, loop(a, theirs, extent, dim))
-    assert torch.equal(a, before)
-
-
-class Blends(nn.Module):
-    def blend_v(self, a: Tensor, b: Tensor, blend_extent: int) -> Tensor:
-        return loop(a, b, blend_extent, 2)  # the height of four dimensions only
-
-    def blend_h(self, a: Tensor, b: Tensor, blend_extent: int) -> Tensor:
-        return loop(a, b.clone(), blend_extent, -1)  # does not write
-
-    def blend_t(self, a: Tensor, b: Tensor, blend_extent: int) -> Tensor:
-        for y in range(blend_extent := min(a.shape[-3], b.shape[-3], blend_extent)):
-            b[..., y, :, :] = (a[..., y - blend_extent, :, :] + b[..., y, :, :]) / 2  # no ramp
-        return b
-
-
-def test_blends_are_replaced_only_where_they_agree() -> None:
-    model = Blends()
-    kept = vectorise_blends(model)
-    assert set(kept) == {"blend_h", "blend_t"} and set(model.__dict__) & set(tile_blend.DIMS) == {"blend_v"}
-    assert isinstance(model.blend_v, VectorBlend) and model.blend_v.ranks == {4}
-    a, b = torch.randn(1, 2, 6, 5, 4), torch.randn(1, 2, 5, 5, 4)
-    assert torch.equal(model.blend_v(a, b.clone(), 3), loop(a, b.clone(), 3, 2)), "five: the model's own dimension"
-    whole = torch.arange(8).reshape(1, 1, 4, 2)
-    assert torch.equal(model.blend_v(whole, whole.clone(), 2), loop(whole, whole.clone(), 2, 2)), "no floats: its own"
 
 
 # The zoo ----------------------------------------------------------------------------------------------------------------
