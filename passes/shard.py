@@ -29,6 +29,7 @@ from pvae.runtime.mesh import Mesh
 from pvae.runtime.sharded_tensor import Piece
 
 RULES = (shard_views, shard_windows, shard_sums)
+NO_PICTURE = "no input is a picture [N, C, H, W] or [N, C, T, H, W]"
 
 
 class ShardError(ValueError):
@@ -67,7 +68,10 @@ def _with_context(size: int, axis: int, bounds: Bounds, rows: int) -> Factor:
 def shard_graph(graph: Graph, context: Context, report: Report) -> None:
     """Rewrite `graph` in place to the local form of the rank at `context.mesh`."""
     mesh, options = context.mesh, context.options
-    if mesh is None or options.shard in ("none", "tile") or max(mesh.shape) == 1:
+    if mesh is None or options.shard in ("none", "tile"):
+        return
+    if max(mesh.shape) == 1:
+        report.refusals.append(Record("shard", "mesh", "", "a world of one rank"))
         return
     if options.shard not in ("halo", "patch"):  # auto is decided before the pipeline runs
         raise ShardError(f"shard={options.shard!r} is not a form of a graph; the forms are halo and patch")
@@ -75,7 +79,7 @@ def shard_graph(graph: Graph, context: Context, report: Report) -> None:
     planes = spatial_inputs(graph, context.weights)
     plane_dims = {"h": (-2,), "w": (-1,), "hw": (-2, -1)}[shard_dims(options.shard_dims, mesh)]
     if not planes and not context.held:
-        report.refusals.append(Record("shard", "inputs", "", "no input is a picture [N, C, H, W] or [N, C, T, H, W]"))
+        report.refusals.append(Record("shard", "inputs", "", NO_PICTURE))
         return
     ranks = dict(zip(plane_dims, mesh.shape, strict=True))
     strides = {d: _stride(graph, planes[0], d) for d in plane_dims} if planes else {}
@@ -83,7 +87,7 @@ def shard_graph(graph: Graph, context: Context, report: Report) -> None:
     for node in planes:
         if node.name in context.held:
             continue
-        placement, sharder.build = Placement.whole(value(node).shape), Builder(node.next)
+        placement = Placement.whole(value(node).shape)
         for axis, dim in enumerate(plane_dims):
             if mesh.shape[axis] == 1:
                 continue

@@ -23,7 +23,7 @@ from pvae.passes.ir import ConvNode, output_node, placeholders
 from pvae.passes.pipeline import Observer, run_pipeline
 from pvae.passes.prepare_weights import split_weight_work
 from pvae.passes.rule import Context, RewriteCounter
-from pvae.passes.shard import collectives
+from pvae.passes.shard import NO_PICTURE, collectives
 from pvae.passes.shard_choice import Choice
 from pvae.ranks import Ranks, ShardedGraph, ranks_of, world_size
 from pvae.report import GraphReport, Registry
@@ -208,6 +208,12 @@ def compile_capture(
     context = Context(options, capture.weights, free_strides, counter, mesh, held)
     report.passes = run_pipeline(gm, options.pipeline, context, check=options.verify == "on", observe=observe)
     report.nodes_after, report.pass_seconds = len(gm.graph.nodes), time.perf_counter() - start
+    if ranks is not None and any(r.note == NO_PICTURE for p in report.passes for r in p.refusals):
+        complain(
+            options,
+            report.name,
+            f"shard={options.shard!r} splits pictures, and {NO_PICTURE}: every rank computes it all",
+        )
     for pass_name, expected in options.expect.items():
         if report.matches(pass_name) < expected:
             raise PvaeError(

@@ -2,8 +2,7 @@
 
 After sharding every rank has a graph of its own, and the ranks meet only in `pvae.runtime.fetch.fetch`. `lockstep`
 interprets the graphs side by side: each runs until a fetch, waits there for the other members of its group, takes its rows
-and goes on. That is how `pvae check --shard` and the demo run many ranks on one device, and how the property tests
-run thousands of sharded models.
+and goes on. That is how the demo runs many ranks on one device, and how the property tests run thousands of sharded models.
 
     graphs = [graph_of(mesh) for mesh in all_meshes((2, 2))]      # any way of making a rank's graph from its mesh
     outputs = lockstep(graphs, [inputs] * 4)

@@ -144,8 +144,8 @@ def _mesh(value: Any) -> tuple[int, ...] | None:
 def _checked(name: str, value: Any) -> Any:
     """The value as the dataclass holds it, or OptionError."""
     if name in CHOICES:
-        if isinstance(value, bool):
-            value = "on" if value else "off"
+        if isinstance(value, bool) or (value in ("0", "1") and "on" in CHOICES[name]):
+            value = "on" if value in (True, "1") else "off"
         if value is None:
             value = "none"
         if value not in CHOICES[name]:

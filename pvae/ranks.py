@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -87,8 +88,19 @@ def ranks_of(options: Options) -> Ranks | None:
 
 
 def world_size() -> int:
-    """How many ranks there are; 1 without `torch.distributed` initialised."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    """How many ranks there are; 1 without `torch.distributed`.
+
+    Raises OptionError where a launcher started several ranks and `torch.distributed` is not initialised.
+    """
+    if dist.is_initialized():
+        return dist.get_world_size()
+    started = os.environ.get("WORLD_SIZE", "1")
+    if started != "1":
+        raise OptionError(
+            f"WORLD_SIZE is {started}, but torch.distributed is not initialised: to shard over these ranks, "
+            "call torch.distributed.init_process_group() before the model's first call"
+        )
+    return 1
 
 
 class ShardedGraph:

@@ -21,6 +21,7 @@ from pvae.capture import Capture, capture_run
 from pvae.module import compile, restore
 from pvae.options import parse_options
 from pvae.passes import dump
+from pvae.passes.ir import derive
 from pvae.passes.pipeline import Pipeline, run_pipeline
 from pvae.passes.rule import Context, Report, RewriteCounter
 from pvae.runtime.torch_compat import new_fake_mode, static_fake
@@ -195,6 +196,37 @@ def assert_rewrites_to(
     if got != want:
         raise AssertionError("rewritten to:\n" + "\n".join(got) + "\nexpected:\n" + "\n".join(want))
     return reports
+
+
+def lift_float32(gm: GraphModule) -> int:
+    """Where a float64 graph casts to float32 and computes in that, have it stay in float64; returns how many casts.
+
+    Some models compute a norm or an attention in float32 whatever they are given. Its rounding, 1e-7, would hide what a
+    float64 comparison is to show. Only what depends on such a cast changes: constants and masks that are float32 from the
+    start stay so. In place; the metas are derived anew.
+    """
+    lifted: set[Node] = set()
+    casts = 0
+    for node in list(gm.graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            if lifted.intersection(node.all_input_nodes):
+                gm.graph.erase_node(node)
+            continue
+        if node.op != "call_function":
+            continue
+        given = [getattr(n.meta.get("val"), "dtype", None) for n in node.all_input_nodes]
+        if torch.float64 in given and torch.float32 in torch.utils._pytree.tree_leaves((node.args, node.kwargs)):
+            wide = torch.fx.node.map_aggregate(
+                (node.args, node.kwargs), lambda leaf: torch.float64 if leaf is torch.float32 else leaf
+            )
+            node.args, node.kwargs = wide
+            casts += 1
+        elif not lifted.intersection(node.all_input_nodes):
+            continue
+        node.meta["val"] = derive(node)
+        lifted.add(node)
+    gm.recompile()
+    return casts
 
 
 def refusals(reports: Sequence[Report]) -> list[str]:

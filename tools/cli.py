@@ -334,17 +334,37 @@ def doctor(as_json: Json = False) -> None:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures and figures.")] = Path("demo-out"),
-    engine: Annotated[str, typer.Option(help="inductor or eager.")] = "inductor",
+    engine: Annotated[str | None, typer.Option(help="inductor or eager.", show_default="inductor")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda; auto: a GPU if there is one.")] = "auto",
+    shard: Annotated[
+        str | None,
+        typer.Option(help="Instead, decode the photograph in pieces: halo, patch, tile, or several of them."),
+    ] = None,
+    world: Annotated[int | None, typer.Option(min=1, help="Ranks, all on one device.", show_default="4")] = None,
+    shard_dims: Annotated[
+        str | None, typer.Option(help="auto, h (rows), w (columns), hw; of halo and patch.", show_default="auto")
+    ] = None,
+    patch_context: Annotated[
+        str | None, typer.Option(help="Latents around a patch, a row each.", show_default="0,2,4,8")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """A photograph and a clip through a small video VAE, eager and compiled, side by side."""
     from pvae.tools.demo.run import run_demo  # needs the [models] extra, which nothing else here does
+    from pvae.tools.demo.shard import run_shard, shard_request
 
+    pieces = shard_request(shard, world, shard_dims, patch_context, engine)
+    kind, console = Request("", device=device).torch_device.type, show.console(stderr=as_json)
     out.mkdir(parents=True, exist_ok=True)
-    result = run_demo(out, Request("", device=device).torch_device.type, engine, show.console(stderr=as_json))
+    if pieces is None:
+        result = run_demo(out, kind, engine or "inductor", console)
+        if as_json:
+            emit(asdict(result))
+        return
+    sharded = run_shard(out, kind, pieces, console)
     if as_json:
-        emit(asdict(result))
+        emit({"shard": asdict(sharded)})
+    raise typer.Exit(not sharded.ok)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -229,24 +230,31 @@ def attach_reports(case: Case, traces: list[Trace]) -> list[Trace]:
     return traces
 
 
-def trace_shapes(request: Request, *, strides: bool = False) -> list[Trace]:
-    """What the pipeline does to every graph of the requested model, by shapes alone: no value is computed."""
+@contextmanager
+def shapes_only(request: Request) -> Iterator[None]:
+    """Turns what running a model on fake tensors can raise into a RequestError that says what would work."""
     try:
-        case, mode = request.shapes()
-        options = replace(request.options, engine="eager", strict="on")  # what no shape can tell is an error here
-        traces = compile_traced(case, options, strides=strides)
-        with mode:
-            case.run()
+        yield
     except DATA_DEPENDENT as error:
         raise RequestError(
             f"{request.model} decides by a tensor's value outside of what pvae compiles, "
             f"so shapes alone do not tell what runs: {error}"
         ) from error
     except RuntimeError as error:
-        if "not linked with support for" in str(error):
-            raise RequestError(
-                f"--device {request.torch_device}: this build of torch ({torch.__version__}) knows no such device; "
-                "a CUDA build is needed, though no GPU"
-            ) from error
-        raise
+        if "not linked with support for" not in str(error):
+            raise
+        raise RequestError(
+            f"--device {request.torch_device}: this build of torch ({torch.__version__}) knows no such device; "
+            "a CUDA build is needed, though no GPU; or --device cpu"
+        ) from error
+
+
+def trace_shapes(request: Request, *, strides: bool = False) -> list[Trace]:
+    """What the pipeline does to every graph of the requested model, by shapes alone: no value is computed."""
+    with shapes_only(request):
+        case, mode = request.shapes()
+        options = replace(request.options, engine="eager", strict="on")  # what no shape can tell is an error here
+        traces = compile_traced(case, options, strides=strides)
+        with mode:
+            case.run()
     return attach_reports(case, traces)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise, product
 from math import prod
@@ -29,8 +28,7 @@ from pvae.passes.shard_choice import NONE, Candidate, Choice, candidates, choose
 from pvae.ranks import Ranks
 from pvae.report import GraphReport
 from pvae.runtime.mesh import Mesh
-from pvae.runtime.torch_compat import DATA_DEPENDENT
-from pvae.tools.model_run import Request, RequestError
+from pvae.tools.model_run import Request, RequestError, shapes_only
 
 FORMS = ("auto", "halo", "patch", "none")
 LINES = {"h": "rows", "w": "columns"}
@@ -81,25 +79,6 @@ class _Traced(CompiledForward):
         entry = RankGraph(self._last, weights, program.report)
         self._entries.append(entry)
         return replace(program, compiled=_Counted(program.compiled, entry))
-
-
-@contextmanager
-def shapes_only(request: Request) -> Iterator[None]:
-    """Turns what running a model on fake tensors can raise into a RequestError that says what would work."""
-    try:
-        yield
-    except DATA_DEPENDENT as error:
-        raise RequestError(
-            f"{request.model} decides by a tensor's value outside of what pvae compiles, "
-            f"so shapes alone do not tell what runs: {error}"
-        ) from error
-    except RuntimeError as error:
-        if "not linked with support for" not in str(error):
-            raise
-        raise RequestError(
-            f"--device {request.torch_device}: this build of torch ({torch.__version__}) knows no such device; "
-            "a CUDA build is needed, though no GPU; or --device cpu"
-        ) from error
 
 
 def rank_graphs(request: Request, mesh_shape: tuple[int, ...], rank: int) -> list[RankGraph]:

@@ -57,7 +57,13 @@ def test_booleans_and_none_mean_what_they_say() -> None:
         ({"expect": 3}, {}, "expect takes a dict such as"),
         ({"rewrite_limit": "few"}, {}, "rewrite_limit='few' is not a whole number"),
         ({"rewrite_limit": -1}, {}, "rewrite_limit=-1 is negative"),
-        ({"shard": "halo"}, {}, "valid values of shard: none"),
+        ({"shard": "rings"}, {}, "valid values of shard: none, halo, patch, tile, auto"),
+        ({"mesh": "2x2x2"}, {}, "mesh='2x2x2' is not a number of ranks such as 4, or rows x columns"),
+        ({"mesh": "0"}, {}, "mesh='0' is not a number of ranks"),
+        ({"patch_context": -1}, {}, "patch_context=-1 is negative"),
+        ({"timeout": "soon"}, {}, "timeout='soon' is not a number of seconds"),
+        ({"timeout": 0}, {}, "timeout=0.0 is not a time to wait"),
+        ({"machine": "h200,speed=1"}, {}, "speed"),
     ],
 )
 def test_mistakes(given: dict[str, Any], environment: dict[str, str], says: str) -> None:
@@ -100,9 +106,18 @@ def test_the_environment_wins_and_disable_is_the_union() -> None:
     assert (found.conv3d, found.disable, found.rewrite_limit) == ("unfold2d", ("fold_pad", "canonicalize"), 0)
     assert (
         str(found.pipeline)
-        == "prefix_attention,fuse_modulation,fuse_residual_gate,drop_zero_taps,conv_dtype,conv3d_unfold,channels_last"
+        == "prefix_attention,drop_zero_taps,shard,fuse_modulation,fuse_residual_gate,conv_dtype,conv3d_unfold,channels_last"
     )
     assert parse_options({}, {"PVAE_REWRITE_LIMIT": ""}).rewrite_limit is None
+
+
+def test_sharding_in_the_environment() -> None:
+    variables = {"PVAE_SHARD": "halo", "PVAE_MESH": "2x3", "PVAE_CHECK_INPUTS": "1", "PVAE_TIMEOUT": "2.5"}
+    found = parse_options({}, variables)
+    assert (found.shard, found.mesh, found.check_inputs, found.timeout) == ("halo", (2, 3), "on", 2.5)
+    assert parse_options({"mesh": 4}, {}).mesh == (4,)
+    assert parse_options({"mesh": (2, 2)}, {}).mesh == (2, 2)
+    assert parse_options({"mesh": "auto"}, {}).mesh is None
 
 
 def test_expect_and_passes_in_the_environment() -> None:
