@@ -72,9 +72,9 @@ def ranks_of(options: Options) -> Ranks | None:
     """
     if options.shard == "none":
         return None
+    shape = mesh_shape(options, world_size())
     if world_size() == 1:
         return Ranks(Mesh((1,), (None,), 0, (0,)))
-    shape = mesh_shape(options, world_size())
     known = _worlds.setdefault(dist.group.WORLD, {})
     if (shape, options.timeout) not in known:
         agreement = RankAgreement.of(None, options.timeout)

@@ -1,0 +1,352 @@
+"""Decode or encode on several ranks, by pvae's forms and by other packages, side by side: time, memory, error.
+
+    torchrun --nproc_per_node 4 -m pvae.tools.bench_shard wan2.1 --rows halo,patch,tile,distvae,vllm-omni-fused
+
+`eager` and `pvae` are unsharded: every rank computes it all. `halo`, `patch`, `tile` and `auto` are
+`pvae.compile(vae, shard=...)`. The others are packages that are installed beside pvae; a row whose package is missing, or
+which does not take the model, fails alone (exit code 1). Every call starts and ends with all ranks: a time is the wall time
+until the last one has its result, the median over `--runs` after two calls; memory is the fullest rank's peak; the ratio is
+the first row's time over this one's. pvae's rows run under `strict=on` (where a graph would stay eager the row fails),
+unless `-o strict=off`. With `--error-size` every row also runs at that size, on the same ranks and in the form that `auto`
+chose at the full size, and is compared with float64, as is eager; choose more pixels than one tile there for `tile`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import pvae
+from pvae.module import compile_with, compiled_forwards
+from pvae.options import OptionError, Options, parse_options
+from pvae.passes.pipeline import PipelineError
+from pvae.testing import relative_error
+from pvae.tools.model_run import Request, RequestError, dtype_name, dtype_named, one_of, options_named, size_named
+from pvae.tools.timing import Timing, measure
+from pvae.tools.zoo import Case, Unsupported
+
+T = TypeVar("T")
+
+
+class RowError(RuntimeError):
+    """A row cannot run, on one rank at least; the message says why."""
+
+
+# Rows ------------------------------------------------------------------------------------------------------------------
+
+
+def _peer(module: str, install: str) -> Any:
+    """A module of another package; RowError with what to install where it cannot be imported."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise RowError(f"{module} cannot be imported ({error}): pip install {install}") from error
+
+
+def distvae(case: Case) -> None:
+    """DistVAE's halo adapters (https://github.com/xdit-project/DistVAE), which say themselves which models they take."""
+    package = _peer("distvae.vae", "distvae")
+    parallelize = package.parallelize_decoder if case.part == "decode" else package.parallelize_encoder
+    parallelize(case.model, dist.group.WORLD)
+
+
+def vllm_omni_shard(case: Case) -> None:
+    """vLLM-Omni's halo decode of Wan, rows over ranks (https://github.com/vllm-project/vllm-omni)."""
+    if type(case.model).__name__ != "AutoencoderKLWan" or case.part != "decode":
+        raise RowError(f"vLLM-Omni shards the decode of AutoencoderKLWan, not {type(case.model).__name__} {case.part}")
+    module = _peer("vllm_omni.diffusion.distributed.autoencoders.wan_spatial_shard", "vllm vllm-omni")
+    module.install_wan_spatial_shard_decode(case.model, dist.group.WORLD, split_dim="height", dst=None)
+
+
+def vllm_omni_fused(case: Case) -> None:
+    """The same with its fused kernels."""
+    vllm_omni_shard(case)
+    module = _peer("vllm_omni.diffusion.distributed.autoencoders.wan_decoder_fast_path", "vllm vllm-omni")
+    dtype = case.inputs[0].dtype
+    half = dtype if dtype in (torch.bfloat16, torch.float16) else None
+    module.install_wan_decoder_fast_path(case.model, conv_dtype=half, level="fused")
+
+
+FORMS: Mapping[str, str] = {"pvae": "none", "halo": "halo", "patch": "patch", "tile": "tile", "auto": "auto"}
+OTHERS: Mapping[str, Callable[[Case], None]] = {
+    "eager": lambda case: None,
+    "distvae": distvae,
+    "vllm-omni-shard": vllm_omni_shard,
+    "vllm-omni-fused": vllm_omni_fused,
+}
+ROWS = ("eager", *FORMS, *(row for row in OTHERS if row != "eager"))
+
+
+def row_options(row: str, given: Mapping[str, Any]) -> Options | None:
+    """What a row of pvae's compiles with, None for the others. Raises OptionError, also where PVAE_SHARD would make it
+    another row."""
+    if row not in FORMS:
+        return None
+    options = parse_options({"strict": "on", **given, "shard": FORMS[row]})
+    if options.shard != FORMS[row]:
+        raise OptionError(f"PVAE_SHARD={options.shard} in the environment overrides row {row!r}; unset it")
+    return options
+
+
+def install(row: str, case: Case, options: Options | None) -> None:
+    """Make `case.model` what the row measures."""
+    if options is None:
+        OTHERS[row](case)
+    else:
+        compile_with(case.model, options)
+
+
+def decided(case: Case) -> Options | None:
+    """What pvae compiled the measured part with, `auto` replaced by its choice; None where it compiled nothing."""
+    forwards = compiled_forwards(case.model.get_submodule(case.regions[0]))
+    return forwards[0].options if forwards else None
+
+
+def _form(options: Options | None) -> Mapping[str, Any] | None:
+    if options is None:
+        return None
+    return {"shard": options.shard, "shard_dims": options.shard_dims, "mesh": options.mesh}
+
+
+# Ranks -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks. `control` is a CPU group, on which ranks tell each other what went wrong."""
+
+    rank: int
+    size: int
+    device: torch.device
+    control: dist.ProcessGroup
+
+    def gather(self, value: T) -> list[T]:
+        """Each rank's value, on every rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def attempt(self, do: Callable[[], T]) -> T:
+        """`do()`, or on every rank RowError where it raised on any: so all go on with the next row together."""
+        try:
+            result, failure = do(), None
+        except Exception as error:  # told to all ranks and raised below
+            expected = isinstance(error, RowError)
+            said = str(error) if expected else f"{type(error).__name__}: {error}"
+            failure = said, "" if expected else traceback.format_exc()
+        failures = {rank: found for rank, found in enumerate(self.gather(failure)) if found is not None}
+        if not failures:
+            return result
+        rank, (said, trace) = next(iter(failures.items()))
+        if self.rank == 0 and trace:
+            print(trace, file=sys.stderr, flush=True)
+        raise RowError(said if len(failures) == self.size else f"on rank {rank}: {said}")
+
+
+@contextmanager
+def joined(on_gpu: bool, timeout: timedelta) -> Iterator[World]:
+    """The world that torchrun started, one GPU a rank or on CPUs. Raises RequestError if there are too few GPUs."""
+    device = torch.device("cpu")
+    if on_gpu:
+        local = dist.get_node_local_rank()
+        if local >= torch.cuda.device_count():
+            raise RequestError(f"local rank {local} has no GPU: torch sees {torch.cuda.device_count()} here")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None)
+    try:
+        control = dist.new_group(backend="gloo", timeout=timeout)
+        yield World(dist.get_rank(), dist.get_world_size(), device, control)
+        dist.barrier(group=control)
+    finally:
+        dist.destroy_process_group()
+
+
+# Measuring -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A row's figures, over all ranks: the slowest time, the highest peak, the worst error; or why there are none.
+
+    `form` is what `pvae` compiled with: shard, shard_dims and mesh. `peak_gib` is None on CPUs, the errors without
+    `--error-size`, `ratio` where the first row failed.
+    """
+
+    row: str
+    ms: float | None = None
+    ratio: float | None = None
+    first_s: float | None = None
+    peak_gib: float | None = None
+    error: float | None = None
+    eager_error: float | None = None
+    form: Mapping[str, Any] | None = None
+    failed: str = ""
+
+    def __str__(self) -> str:
+        if self.failed:
+            return f"{self.row:16s} failed: {self.failed}"
+        text = f"{self.row:16s} {self.ms:9.2f} ms"
+        text += f" {self.ratio:6.2f}x" if self.ratio is not None else " " * 8
+        text += f"  peak {self.peak_gib:6.2f} GiB" if self.peak_gib is not None else ""
+        text += f"  first {self.first_s:6.1f} s"
+        if self.error is not None:
+            text += f"  error {self.error:.2e} (eager {self.eager_error:.2e})"
+        if self.row == "auto" and self.form:
+            text += "  chose " + " ".join(f"{key}={value}" for key, value in self.form.items())
+        return text
+
+
+class Bench:
+    """The rows of one model on one world. `request` names the model; `error_request` the same at `--error-size`."""
+
+    def __init__(self, world: World, request: Request, error_request: Request | None, given: Mapping[str, Any]) -> None:
+        self.world, self.request, self.error_request, self.given = world, request, error_request, given
+        self.reference: Tensor | None = None
+        self.eager_error: float | None = None
+        self.first_ms: float | None = None
+
+    def prepare(self) -> None:
+        """The float64 result at the error size, and eager's own error; each rank computes them."""
+        if self.error_request is not None:
+            case = self.error_request.load()
+            self.reference = case.cast(torch.float64).run().cpu()
+            self.eager_error = self._error(case)
+
+    def _error(self, case: Case) -> float:
+        """The worst rank's."""
+        assert self.reference is not None
+        reference = self.reference
+        return max(self.world.gather(self.world.attempt(lambda: relative_error(case.run().cpu(), reference))))
+
+    def _measured(self, row: str, runs: int) -> tuple[list[Timing], Options | None]:
+        """Each rank's timing, and what pvae decided to compile with."""
+        case = self.request.load()
+
+        def together() -> None:
+            case.run()
+            dist.barrier()  # waits for this rank's kernels too
+
+        self.world.attempt(lambda: install(row, case, row_options(row, self.given)))
+        dist.barrier()
+        timings = self.world.gather(self.world.attempt(lambda: measure(together, self.world.device, runs)))
+        return timings, decided(case)
+
+    def _compared(self, row: str, options: Options | None) -> float | None:
+        if self.error_request is None:
+            return None
+        case = self.error_request.load()
+        self.world.attempt(lambda: install(row, case, options))
+        return self._error(case)
+
+    def row(self, row: str, runs: int, first: bool) -> Figures:
+        """Measure one row; `first` makes it the one that the others' ratios are of."""
+        torch._dynamo.reset()
+        pvae.reset()
+        gc.collect()  # a compiled model lies in a cycle: its weights would count in this row's peak
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            timings, options = self._measured(row, runs)
+            error = self._compared(row, options)
+        except RowError as failure:
+            return Figures(row, failed=str(failure))
+        ms = max(t.median_s for t in timings) * 1e3
+        if first:
+            self.first_ms = ms
+        peaks = [t.peak_bytes for t in timings if t.peak_bytes is not None]
+        return Figures(
+            row,
+            ms,
+            ratio=None if self.first_ms is None else self.first_ms / ms,
+            first_s=max(t.first_s for t in timings),
+            peak_gib=max(peaks) / 2**30 if peaks else None,
+            error=error,
+            eager_error=self.eager_error,
+            form=_form(options),
+        )
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="zoo name or diffusers:ClassName of an autoencoder")
+    parser.add_argument("--rows", default="eager,pvae,halo,patch,tile", help=", ".join(ROWS))
+    parser.add_argument("--part", default="decode", choices=("decode", "encode"))
+    parser.add_argument("--preset", default="full")
+    parser.add_argument("--size", default="", help="pixels, frames x height x width, instead of the preset's")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: GPUs if there are any")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--error-size", default="", help="also compare with float64 at this size")
+    parser.add_argument("--shard-dims", help="of pvae's rows: auto, h, w, hw")
+    parser.add_argument(
+        "-o", "--option", action="append", default=[], help="KEY=VALUE of pvae's rows, such as mesh=2x2"
+    )
+    parser.add_argument("--json", type=Path)
+    return parser
+
+
+def main() -> int:
+    """Exit code 0, or 1 if a row failed; 2 for usage."""
+    p = parser()
+    args = p.parse_args()
+    torch._dynamo.config.recompile_limit = 64
+    torch.set_grad_enabled(False)
+    try:
+        if not dist.is_torchelastic_launched():
+            raise RequestError("start it with torchrun --nproc_per_node N -m pvae.tools.bench_shard ...")
+        rows = [one_of("--rows", row, ROWS) for row in args.rows.split(",")]
+        if args.runs < 1:
+            raise RequestError(f"--runs {args.runs} measures nothing")
+        given = options_named(args.option, {"shard_dims": args.shard_dims})
+        if "shard" in given:
+            raise RequestError("the rows say what shard is; leave -o shard away")
+        for row in rows:
+            row_options(row, given)
+        on_gpu = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+        with joined(on_gpu, timedelta(seconds=parse_options(given).timeout)) as world:
+            size = size_named(args.size) if args.size else None
+            request = Request(args.model, args.part, args.preset, dtype_named(args.dtype), str(world.device), size)
+            small = replace(request, size=size_named(args.error_size)) if args.error_size else None
+            bench = Bench(world, request, small, given)
+            bench.prepare()
+            results: list[Figures] = []
+            for row in rows:
+                results.append(bench.row(row, args.runs, first=not results))
+                if world.rank == 0:
+                    print(results[-1], flush=True)
+            if args.json and world.rank == 0:
+                about = {
+                    "model": args.model,
+                    "part": args.part,
+                    "preset": args.preset,
+                    "size": args.size,
+                    "error_size": args.error_size,
+                    "dtype": dtype_name(request.dtype),
+                    "world": world.size,
+                    "device": torch.cuda.get_device_name(world.device) if on_gpu else "cpu",
+                    "torch": torch.__version__,
+                    "options": given,
+                }
+                args.json.write_text(json.dumps(about | {"rows": [asdict(r) for r in results]}, indent=1))
+    except (RequestError, Unsupported, OptionError, PipelineError) as error:
+        p.error(str(error))
+    return int(any(r.failed for r in results))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
