@@ -58,10 +58,10 @@ def _scaled(bounds: Bounds, size: int) -> Bounds:
     return (0, *(b * size // n for b in bounds[1:-1]), size)
 
 
-def _with_context(size: int, axis: int, bounds: Bounds, rows: int) -> Factor:
-    if not rows:
-        return Factor(size, axis, bounds)
-    spans = [(max(lo - rows, 0), min(hi + rows, size)) if lo < hi else (lo, hi) for lo, hi in pairwise(bounds)]
+def _with_context(size: int, axis: int, bounds: Bounds, rows: int, stride: int) -> Factor:
+    """A patch form's pieces. An empty one holds rows that it does not own."""
+    around = [rows if lo < hi else max(rows, stride) for lo, hi in pairwise(bounds)]  # no op runs on no rows
+    spans = [(max(lo - n, 0), min(hi + n, size)) for (lo, hi), n in zip(pairwise(bounds), around, strict=True)]
     return spanning(size, axis, bounds, spans)
 
 
@@ -93,8 +93,11 @@ def shard_graph(graph: Graph, context: Context, report: Report) -> None:
                 continue
             size = value(node).shape[dim]
             bounds = first[dim] if node is planes[0] else _scaled(first[dim], size)
-            rows = options.patch_context * strides[dim] if sharder.patch else 0
-            factor = _with_context(size, axis, bounds, rows * size // value(planes[0]).shape[dim])
+            factor = Factor(size, axis, bounds)
+            if sharder.patch:
+                scale = size / value(planes[0]).shape[dim]
+                stride = max(1, int(strides[dim] * scale))
+                factor = _with_context(size, axis, bounds, options.patch_context * stride, stride)
             placement = placement.with_dim(len(placement.dims) + dim, [factor])
         _cut_input(sharder, node, placement)
     for node in placeholders(graph):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -53,6 +54,13 @@ def exact_copy(vae: AutoencoderKLWan) -> AutoencoderKLWan:
         if isinstance(module, torch.nn.Sequential) and isinstance(module[0], WanUpsample):
             module[0] = torch.nn.Upsample(scale_factor=module[0].scale_factor, mode=module[0].mode)
     return exact
+
+
+def device_name(device: str) -> str:
+    """What the figures were measured on: the GPU's name, or the CPU's kind and threads."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def encode(vae: AutoencoderKLWan, pixels: torch.Tensor) -> torch.Tensor:

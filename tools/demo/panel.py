@@ -29,6 +29,19 @@ def amplified_difference(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor
     return (difference * factor).clamp(0, 1) * 2 - 1, factor
 
 
+def mark_seams(images: torch.Tensor, rows: Sequence[int], columns: Sequence[int]) -> torch.Tensor:
+    """Pictures `[n,3,H,W]` with an orange tick at both ends of every seam: one lies before each of `rows` and `columns`."""
+    marked = images.clone()
+    orange = torch.tensor([1.0, 0.1, -1.0], device=images.device)[:, None, None]
+    for dim, seams in ((-2, rows), (-1, columns)):
+        length, across = max(1, images.shape[-3 - dim] // 16), max(1, images.shape[dim] // 256)
+        for seam in seams:
+            line = marked.narrow(dim, max(0, seam - across), min(2 * across, images.shape[dim] - seam + across))
+            for start in (0, images.shape[-3 - dim] - length):
+                line.narrow(-3 - dim, start, length)[:] = orange
+    return marked
+
+
 def panel_size(columns: int, rows: int, tile: int, aspect: float = 1.0) -> tuple[int, int]:
     """Width and height in pixels of a panel of `rows` by `columns` tiles, each `tile` wide and `tile * aspect` high."""
     width = _LABEL_WIDTH + columns * (tile + _GAP) + _GAP

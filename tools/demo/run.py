@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 import pvae
-from pvae.tools.demo.measure import Row, Sides, exact_copy, measure
+from pvae.tools.demo.measure import Row, Sides, device_name, exact_copy, measure
 from pvae.tools.demo.media import clip, photograph
 from pvae.tools.demo.model import demo_vae
 from pvae.tools.demo.panel import amplified_difference, panel
@@ -148,7 +148,7 @@ def run_demo(
 
     originals, theirs, ours = (torch.cat(pictures) for pictures in zip(*shown, strict=True))
     difference, factor = amplified_difference(ours, theirs)
-    name = torch.cuda.get_device_name() if on_gpu else f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    name = device_name(device)
     precision = str(dtype).removeprefix("torch.")
     panel(
         [("input", originals), ("eager", theirs), ("pvae", ours), (f"|pvae - eager| x {factor:,.0f}", difference)],
