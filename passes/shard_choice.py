@@ -176,8 +176,8 @@ def _reason(
         return f"too small to gain: {time(NONE)} unsharded, at best {time(best)} sharded ({best})"
     if NONE in costs and costs[NONE].memory > machine.capacity:
         return f"{chosen} is fastest of what fits, {time(chosen)}; unsharded needs {_gib(costs[NONE].memory)}"
-    gain = f", {costs[NONE].seconds / costs[chosen].seconds:.2f}x of unsharded" if NONE in costs else ""
-    return f"{chosen} is fastest: {time(chosen)}{gain}"
+    ratio = f", {costs[NONE].seconds / costs[chosen].seconds:.2f}x of unsharded" if NONE in costs else ""
+    return f"{chosen} is fastest: {time(chosen)}{ratio}"
 
 
 def _gib(size: float) -> str:

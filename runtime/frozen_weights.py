@@ -30,9 +30,9 @@ class _Entry:
 class FrozenWeights:
     """Calls `compiled([*args, *prepared])` with `prepared = prepare(*weights)`, made once for each set of weights.
 
-    `args` is a list that the call empties; `indexes` are the positions in it of the weights that `prepare` takes. One compiled graph may serve many layers, so
-    entries are kept for every set of weights that is alive; an entry is made anew when a stamp changes, and dropped when
-    one of its weights dies.
+    `args` is a list that the call empties; `indexes` are the positions in it of the weights that `prepare` takes. One
+    compiled graph may serve many layers, so entries are kept for every set of weights that is alive; an entry is made anew
+    when a stamp changes, and dropped when one of its weights dies.
     """
 
     def __init__(self, compiled: Callable[..., Any], prepare: Callable[..., Any], indexes: Sequence[int]) -> None:

@@ -25,7 +25,7 @@ class Mesh:
 
 
 # Groups are costly and never die, so a mesh is made once. A new world (`init_process_group`) has none yet.
-_made: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], Mesh]] = WeakKeyDictionary()
+_made: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[tuple[int, ...], timedelta | None], Mesh]] = WeakKeyDictionary()
 
 
 def make_mesh(shape: Sequence[int] | None = None, timeout: timedelta | None = None) -> Mesh:
@@ -44,11 +44,11 @@ def make_mesh(shape: Sequence[int] | None = None, timeout: timedelta | None = No
         hint = "; initialise torch.distributed first" if alone else ""
         raise ValueError(f"a mesh of shape {shape} holds {math.prod(shape)} ranks; there are {world}{hint}")
     made = {} if alone else _made.setdefault(dist.group.WORLD, {})
-    if shape not in made:
+    if (shape, timeout) not in made:
         places = list(product(*map(range, shape)))
         groups = tuple(_axis_group(places, axis, rank, timeout) for axis in range(len(shape)))
-        made[shape] = Mesh(shape, groups, rank, places[rank])
-    return made[shape]
+        made[shape, timeout] = Mesh(shape, groups, rank, places[rank])
+    return made[shape, timeout]
 
 
 def _axis_group(places: list[tuple[int, ...]], axis: int, rank: int, timeout: timedelta | None) -> str | None:

@@ -6,7 +6,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate
+from datetime import timedelta
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from torch.nn.functional import pad
 from torch.testing._internal.distributed import multi_threaded_pg
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from pvae.runtime.fetch import fetch
+from pvae.runtime.fetch import fetch, fetched_like
 from pvae.runtime.fetch_plan import fetch_plan
 from pvae.runtime.mesh import Mesh, make_mesh
+from pvae.runtime.torch_compat import new_fake_mode
 
 
 def on_threads(world: int, run: Callable[[int], Any]) -> list[Any]:
@@ -185,12 +187,53 @@ CASES = [
 def test_make_fx(fake_rank: int, mode: str, have: Any, need: Any, expected: list[str]) -> None:
     group = make_mesh().groups[0]
     x = torch.randn(1, 2, have[fake_rank + 1] - have[fake_rank], 6)
-    gm = make_fx(lambda x: fetch(x, 2, have, need, fake_rank, "reflect", group, True), pre_dispatch=True, tracing_mode=mode)(x)
+    gm = make_fx(
+        lambda x: fetch(x, 2, have, need, fake_rank, "reflect", group, True), pre_dispatch=True, tracing_mode=mode
+    )(x)
     gm.graph.eliminate_dead_code()
     assert collectives(gm.graph) == expected
     start, stop = need[fake_rank]
     (output,) = gm.graph.find_nodes(op="output")
     assert output.args[0].meta["val"].shape == (1, 2, stop - start, 6)
+
+
+@given(
+    shape=st.lists(st.integers(1, 3), min_size=1, max_size=5),
+    order=st.permutations(range(5)),
+    dim=st.integers(0, 4),
+    lengths=st.lists(st.integers(0, 4), min_size=4, max_size=4).filter(any),
+    fill=st.sampled_from(["zeros", "replicate", "reflect", "circular"]),
+    channels_last=st.booleans(),
+    data=st.data(),
+)
+def test_the_fake_is_what_fakes_of_it_are(
+    shape: list[int],
+    order: list[int],
+    dim: int,
+    lengths: list[int],
+    fill: str,
+    channels_last: bool,
+    data: st.DataObject,
+) -> None:
+    """`fetched_like` against `fetch` run on fakes, for pieces of any layout: sizes, strides and dtype."""
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    try:
+        have, rank, group = (0, *accumulate(lengths)), data.draw(st.integers(0, 3)), make_mesh().groups[0]
+        dim, size = dim % len(shape), have[-1]
+        shape[dim] = lengths[rank]
+        bound = st.integers(-(size - 1), 2 * size - 1)
+        need = tuple(tuple(sorted(data.draw(st.tuples(bound, bound)))) for _ in lengths)
+        if data.draw(st.booleans(), "what it has, or less"):
+            need = tuple((lo, max(lo, hi - 1)) for lo, hi in pairwise(have))
+        order = [d for d in order if d < len(shape)]
+        with new_fake_mode():
+            x = torch.randn([shape[d] for d in order]).permute([order.index(d) for d in range(len(shape))])
+            found, expected = (f(x, dim, have, need, rank, fill, group, channels_last) for f in (fetched_like, fetch))
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+        strides = [[s for s, n in zip(y.stride(), y.shape, strict=True) if n > 1] for y in (found, expected)]
+        assert strides[0] == strides[1] or not found.numel()
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_trace_is_right_for_other_strides() -> None:
@@ -242,3 +285,10 @@ def test_gloo_processes(tmp_path: Path) -> None:
     finally:
         for rank in ranks:
             rank.kill()
+
+
+def test_a_mesh_of_another_timeout_is_another(fake_rank: int) -> None:
+    """A group keeps the timeout that it was made with."""
+    short, long = (make_mesh(timeout=timedelta(seconds=s)) for s in (4, 25))
+    assert short is not long and short.groups != long.groups
+    assert make_mesh(timeout=timedelta(seconds=4)) is short
