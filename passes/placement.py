@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from math import prod
+from math import gcd, prod
 
 Interval = tuple[int, int]
 Bounds = tuple[int, ...]
@@ -38,8 +38,8 @@ def rounded(bounds: Bounds, multiple: int) -> Bounds:
 
 
 class Misfit(Exception):
-    """A view that cuts a split factor where no bound is. `axis`: the factor's; `multiple`: what its bounds would have to
-    be multiples of, None where no bounds would do."""
+    """A view that cuts a split factor where no bound is. `axis`: the factor's; `multiple`: what its bounds and context would
+    have to be multiples of, None where none would do."""
 
     def __init__(self, reason: str, axis: int, multiple: int | None) -> None:
         super().__init__(reason)
@@ -180,9 +180,13 @@ class Placement:
                     continue
                 inner, more = divmod(f.size, n)  # else the outer part is
                 part = None if more else f.over(inner)
+                if part is None and more:
+                    axis = next(g.axis for g in (f, *reversed(rest)) if g.axis is not None)
+                    raise Misfit(f"{what} cuts a split dimension", axis, None)
                 if part is None:
-                    axis = f.axis if f.axis is not None else next(g.axis for g in reversed(rest) if g.axis is not None)
-                    raise Misfit(f"{what} cuts a split dimension", axis, None if more else inner)
+                    behind = f.size // next(g.size for dim in self.dims for g in dim if g.axis == f.axis)
+                    assert f.axis is not None
+                    raise Misfit(f"{what} cuts a split dimension", f.axis, inner // gcd(inner, behind))
                 taken.append(part)
                 rest.append(Factor(inner))
                 n = 1

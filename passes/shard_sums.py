@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from pvae.passes.ir import aten, value
 from pvae.passes.placement import Dim, Factor, Placement
-from pvae.passes.sharder import ComputeWhole, Sharder, rule
-from pvae.passes.shard_views import argument, tensor
+from pvae.passes.sharder import ComputeWhole, Sharder, argument, integer, integers, rule, tensor
 from pvae.runtime.fetch import fetch
 
 HALF = (torch.float16, torch.bfloat16)
@@ -31,8 +31,10 @@ def gathered(s: Sharder, x: Node, axis: int) -> Node:
     world = s.mesh.shape[axis]
     row = s.build(aten.unsqueeze.default, x, 0)
     have = tuple(range(world + 1))
-    s.report.counters["partial sums"] += 1
-    return s.build(fetch, row, 0, have, ((0, world),) * world, s.coordinate(axis), "zeros", s.mesh.groups[axis])
+    everything, where = ((0, world),) * world, (s.mesh.coordinates[axis], "zeros", s.mesh.groups[axis])
+    got = s.build(fetch, row, 0, have, everything, *where)
+    s.exchanged("partial sums", got, "partial sums", value(row).numel() * value(row).element_size())
+    return got
 
 
 def total(s: Sharder, x: Node, axes: Sequence[int]) -> Node:
@@ -62,7 +64,9 @@ def moments(s: Sharder, x: Node, dims: Sequence[int], factors: Sequence[Factor])
         variances = [s.build(aten.select.int, part, 0, 1) for part, _ in parts]
         mean = _weighted(s, means)
         off = [s.build(aten.sub.Tensor, m, mean) for m, _ in means]
-        around = [s.build(aten.add.Tensor, v, s.build(aten.mul.Tensor, d, d)) for v, d in zip(variances, off, strict=True)]
+        around = [
+            s.build(aten.add.Tensor, v, s.build(aten.mul.Tensor, d, d)) for v, d in zip(variances, off, strict=True)
+        ]
         variance = _weighted(s, [(a, share) for a, (_, share) in zip(around, parts, strict=True)])
     return mean, variance
 
@@ -99,10 +103,14 @@ def _cast(s: Sharder, x: Node, dtype: torch.dtype) -> Node:
     return x if value(x).dtype == dtype else s.build(aten.to.dtype, x, dtype)
 
 
+def weight_bias_eps(node: Node) -> tuple[Node | None, Node | None, float]:
+    return argument(node, 2, "weight"), argument(node, 3, "bias"), argument(node, 4, "eps", 1e-5)
+
+
 @rule(aten.group_norm.default)
 def group_norm(s: Sharder, node: Node) -> Node:
-    x, groups = tensor(node), int(node.args[1])  # type: ignore[arg-type]
-    weight, bias, eps = (argument(node, i, n, v) for i, (n, v) in enumerate((("weight", None), ("bias", None), ("eps", 1e-5)), 2))
+    x, groups = tensor(node), integer(node, 1, "num_groups")
+    weight, bias, eps = weight_bias_eps(node)
     factors = split_factors(s, x, range(2, s[x].ndim))
     if s[x].splits(1):
         raise ComputeWhole("its channel dimension is split")
@@ -117,31 +125,39 @@ def group_norm(s: Sharder, node: Node) -> Node:
 
 @rule(aten.instance_norm.default)
 def instance_norm(s: Sharder, node: Node) -> Node:
-    x, weight, bias, mean, _, use_input, _, eps, *_ = node.args
-    assert isinstance(x, Node)
+    x, weight, bias = tensor(node), argument(node, 1, "weight"), argument(node, 2, "bias")
+    use_input, eps = argument(node, 5, "use_input_stats"), argument(node, 7, "eps")
     factors = split_factors(s, x, range(2, s[x].ndim))
     if s.patch or not factors or not use_input:
         return s.again(node, s[x])
     if s[x].splits(1):
         raise ComputeWhole("its channel dimension is split")
-    y = normalised(s, _cast(s, x, wide(value(x).dtype)), list(range(2, s[x].ndim)), factors, eps)  # type: ignore[arg-type]
-    y = affine(s, y, weight, bias, [1, s[x].shape[1], *[1] * (s[x].ndim - 2)])  # type: ignore[arg-type]
+    y = normalised(s, _cast(s, x, wide(value(x).dtype)), range(2, s[x].ndim), factors, eps)
+    y = affine(s, y, weight, bias, [1, s[x].shape[1], *[1] * (s[x].ndim - 2)])
     return s.place(_cast(s, y, value(x).dtype), s[x])
 
 
-@rule(aten.batch_norm.default)
+@rule(aten._native_batch_norm_legit_no_training.default)
 def batch_norm(s: Sharder, node: Node) -> Node:
-    x, training = tensor(node), node.args[5]
-    if training or s[x].splits(1):
-        raise ComputeWhole("it is in training mode" if training else "its channel dimension is split")
-    return s.again(node, s[x])
+    """In eval mode, which is pointwise. Of its three results only the first is of use there."""
+    x = tensor(node)
+    if s[x].splits(1):
+        raise ComputeWhole("its channel dimension is split")
+    if any(user.args[1] != 0 for user in node.users if user.users):
+        raise ComputeWhole("its statistics are read")
+    *parameters, momentum, eps = node.args[1:]
+    y = s.emit(s[x], aten.batch_norm.default, x, *parameters, False, momentum, eps, False)
+    for user in list(node.users):
+        user.replace_all_uses_with(y)
+        s.graph.erase_node(user)
+    return y
 
 
 @rule(aten.layer_norm.default)
 def layer_norm(s: Sharder, node: Node) -> Node:
-    x, shape = tensor(node), node.args[1]
-    weight, bias, eps = (argument(node, i, n, v) for i, (n, v) in enumerate((("weight", None), ("bias", None), ("eps", 1e-5)), 2))
-    dims = list(range(s[x].ndim - len(shape), s[x].ndim))  # type: ignore[arg-type]
+    x = tensor(node)
+    weight, bias, eps = weight_bias_eps(node)
+    dims = range(s[x].ndim - len(integers(node, 1, "normalized_shape")), s[x].ndim)
     factors = split_factors(s, x, dims)
     if not factors or s.patch:
         if factors:
@@ -157,8 +173,8 @@ def layer_norm(s: Sharder, node: Node) -> Node:
 
 @rule(aten.rms_norm.default)
 def rms_norm(s: Sharder, node: Node) -> Node:
-    x, shape = tensor(node), node.args[1]
-    dims = range(s[x].ndim - len(shape), s[x].ndim)  # type: ignore[arg-type]
+    x = tensor(node)
+    dims = range(s[x].ndim - len(integers(node, 1, "normalized_shape")), s[x].ndim)
     if split_factors(s, x, dims):
         raise ComputeWhole("it normalises over a split dimension")
     return s.again(node, s[x])
@@ -229,8 +245,8 @@ def reduction(s: Sharder, node: Node) -> Node:
 
 @rule(aten.softmax.int, aten.log_softmax.int, aten._softmax.default, aten.cumsum.default)
 def along_a_whole_dim(s: Sharder, node: Node) -> Node:
-    x, dim = tensor(node), int(node.args[1])  # type: ignore[arg-type]
-    whole = x if s.patch else s.whole(x, [dim % s[x].ndim])
+    x = tensor(node)
+    whole = x if s.patch else s.whole(x, [integer(node, 1, "dim") % s[x].ndim])
     return s.again(node, s[whole], {x: whole})
 
 
@@ -330,7 +346,8 @@ def attention(s: Sharder, node: Node) -> Node:
         return s.conform(x, Placement((*outer, rows, (Factor(s[x].shape[-1]),))))
 
     keys = (Factor(s[k].shape[-2]),)
-    swap = {v: operand(v, keys), k: operand(k, keys), q: operand(q, tokens)}
-    if isinstance(mask, Node):
-        swap[mask] = s.conform(mask, Placement((*batch, tokens, keys)))
-    return s.again(node, Placement((*batch, tokens, (Factor(s[v].shape[-1]),))), swap)
+    moved = operand(q, tokens), operand(k, keys), operand(v, keys)  # not by `again`: all three may be one node
+    swap = {mask: s.conform(mask, Placement((*batch, tokens, keys)))} if isinstance(mask, Node) else {}
+    args, kwargs = map_arg((node.args[3:], node.kwargs), lambda n: swap.get(n, n))
+    placement = Placement((*batch, tokens, (Factor(s[v].shape[-1]),)))
+    return s.emit(placement, aten.scaled_dot_product_attention.default, *moved, *args, **kwargs)

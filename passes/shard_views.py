@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import prod
-from typing import Any
 
 import torch
 from torch.fx import Node
@@ -12,7 +12,7 @@ from torch.fx import Node
 from pvae.passes.index_map import Flip, IndexMap, cat_bounds, cat_needs, follow, locals_of, slicing
 from pvae.passes.ir import aten, is_tensor, value
 from pvae.passes.placement import Dim, Factor, Misfit, Placement, rounded
-from pvae.passes.sharder import POINTWISE, ComputeWhole, Sharder, rule
+from pvae.passes.sharder import POINTWISE, ComputeWhole, Sharder, argument, integer, integers, rule, tensor, tensors
 
 RESHAPES = (
     aten.reshape.default,
@@ -26,19 +26,6 @@ RESHAPES = (
 )
 
 
-def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
-    """An argument by position or by name."""
-    if len(node.args) > position:
-        return node.args[position]
-    return node.kwargs.get(name, default)
-
-
-def tensor(node: Node, position: int = 0) -> Node:
-    x = node.args[position]
-    assert isinstance(x, Node)
-    return x
-
-
 # --- pointwise ---------------------------------------------------------------------------------------------------------
 
 
@@ -50,11 +37,10 @@ def broadcast(s: Sharder, operands: Sequence[Node]) -> Placement:
     for x in sorted(operands, key=lambda x: -prod(s[x].shape) if x in s.placed else 1):
         offset = len(shape) - s[x].ndim
         for d in range(s[x].ndim):
-            axes = {f.axis for f in s[x].dims[d] if f.axis is not None}
-            if axes and not axes & used and s[x].shape[d] == shape[d + offset] and len(dims[d + offset]) == 1:
-                if dims[d + offset][0].axis is None:
-                    dims[d + offset] = s[x].dims[d]
-                    used |= axes
+            axes, is_whole = Placement((s[x].dims[d],)).axes, not Placement((dims[d + offset],)).axes
+            if axes and is_whole and not axes & used and s[x].shape[d] == shape[d + offset]:
+                dims[d + offset] = s[x].dims[d]
+                used |= axes
     return Placement(tuple(dims))
 
 
@@ -69,7 +55,7 @@ def pointwise(s: Sharder, node: Node) -> Node:
 def expand(s: Sharder, node: Node) -> Node:
     x, shape = tensor(node), value(node).shape
     offset = len(shape) - s[x].ndim
-    dims = [(Factor(n),) for n in shape]
+    dims = list(Placement.whole(shape).dims)
     for d in range(s[x].ndim):
         if s[x].shape[d] == shape[d + offset]:
             dims[d + offset] = s[x].dims[d]
@@ -94,9 +80,7 @@ def reshaped(s: Sharder, x: Node, shape: Sequence[int]) -> Node:
         try:
             placement = s[x].reshaped(shape)
         except Misfit as misfit:
-            dim, factor = next(
-                (d, f) for d, dim in enumerate(s[x].dims) for f in dim if f.axis == misfit.axis
-            )
+            dim, factor = next((d, f) for d, dim in enumerate(s[x].dims) for f in dim if f.axis == misfit.axis)
             if misfit.multiple is not None and not factor.context:
                 bounds = rounded(factor.bounds, misfit.multiple)
                 x = s.rebound(x, dim, Factor(factor.size, factor.axis, bounds))
@@ -108,27 +92,25 @@ def reshaped(s: Sharder, x: Node, shape: Sequence[int]) -> Node:
 
 @rule(aten.unsqueeze.default)
 def unsqueeze(s: Sharder, node: Node) -> Node:
-    x, dim = tensor(node), node.args[1]
-    assert isinstance(dim, int)
+    x = tensor(node)
     dims = list(s[x].dims)
-    dims.insert(dim % (len(dims) + 1), (Factor(1),))
+    dims.insert(integer(node, 1, "dim") % (len(dims) + 1), (Factor(1),))
     return s.again(node, Placement(tuple(dims)))
 
 
 @rule(aten.permute.default)
 def permute(s: Sharder, node: Node) -> Node:
-    x, order = tensor(node), node.args[1]
-    assert isinstance(order, Sequence)
-    return s.again(node, s[x].permuted([int(o) % s[x].ndim for o in order]))
+    x = tensor(node)
+    return s.again(node, s[x].permuted([o % s[x].ndim for o in integers(node, 1, "dims")]))
 
 
 @rule(aten.transpose.int, aten.t.default)
 def transpose(s: Sharder, node: Node) -> Node:
     x = tensor(node)
     order = list(range(s[x].ndim))
-    a, b = (node.args[1:3] if node.target is aten.transpose.int else (0, -1)) if len(order) > 1 else (0, 0)
-    assert isinstance(a, int) and isinstance(b, int)
-    order[a], order[b] = order[b], order[a]
+    a, b = (integer(node, 1, "dim0"), integer(node, 2, "dim1")) if node.target is aten.transpose.int else (0, -1)
+    if order:
+        order[a], order[b] = order[b], order[a]
     return s.again(node, s[x].permuted(order))
 
 
@@ -141,20 +123,20 @@ def without(placement: Placement, dim: int) -> Placement:
 
 @rule(aten.select.int)
 def select(s: Sharder, node: Node) -> Node:
-    x, dim, index = tensor(node), int(node.args[1]), int(node.args[2])  # type: ignore[arg-type]
-    dim %= s[x].ndim
+    x = tensor(node)
+    dim = integer(node, 1, "dim") % s[x].ndim
     if not s[x].splits(dim):
         return s.again(node, without(s[x], dim))
-    row = sliced(s, x, dim, index % s[x].shape[dim], index % s[x].shape[dim] + 1, 1)
-    row = s.whole(row, [dim])
+    index = integer(node, 2, "index") % s[x].shape[dim]
+    row = s.whole(sliced(s, x, dim, index, index + 1, 1), [dim])
     return s.emit(without(s[row], dim), aten.select.int, row, dim, 0)
 
 
 @rule(aten.slice.Tensor)
 def slice_rule(s: Sharder, node: Node) -> Node:
     x = tensor(node)
-    dim = int(argument(node, 1, "dim", 0)) % s[x].ndim
-    n, step = s[x].shape[dim], int(argument(node, 4, "step", 1))
+    dim = integer(node, 1, "dim", 0) % s[x].ndim
+    n, step = s[x].shape[dim], integer(node, 4, "step", 1)
     start, stop, _ = slice(argument(node, 2, "start"), argument(node, 3, "end")).indices(n)
     if s[x].splits(dim):
         return sliced(s, x, dim, start, max(start, stop), step)
@@ -167,13 +149,9 @@ def sliced(s: Sharder, x: Node, dim: int, start: int, stop: int, step: int) -> N
     if factor is not None:
         return along(s, x, dim, slicing(factor.size, start, stop, step), step)
     outer, *inner = s[x].dims[dim]
-    each = 1
-    for f in inner:
-        each *= f.size
+    each = prod(f.size for f in inner)
     if outer.axis is None and step == 1 and start % each == 0 and stop % each == 0:  # some of the whole outer rows
-        held = 1
-        for f in inner:
-            held *= f.held(s.mesh.coordinates)
+        held = prod(f.held(s.mesh.coordinates) for f in inner)
         rows = (stop - start) // each
         placement = s[x].with_dim(dim, [Factor(rows), *inner])
         return s.emit(placement, aten.slice.Tensor, x, dim, start // each * held, stop // each * held)
@@ -185,7 +163,7 @@ def sliced(s: Sharder, x: Node, dim: int, start: int, stop: int, step: int) -> N
 def along(s: Sharder, x: Node, dim: int, op: IndexMap, step: int = 1) -> Node:
     """Rows of a split dimension that `op` picks; the local op is `[::step]`."""
     factor = s[x].one(dim)
-    assert factor is not None and factor.axis is not None
+    assert factor is not None
     if s.patch:
         raise ComputeWhole("it picks rows of the split dimension, which pieces with context do not have in one place")
     bounds = follow(op, factor.bounds)
@@ -193,29 +171,25 @@ def along(s: Sharder, x: Node, dim: int, op: IndexMap, step: int = 1) -> Node:
     got = s.move(x, dim, factor, [one.need for one in locals_])
     if step > 1:
         got = s.build(aten.slice.Tensor, got, dim, 0, value(got).shape[dim], step)
-    got = s.crop(got, dim, locals_[s.coordinate(factor.axis)].crop)
+    got = s.crop(got, dim, locals_[s.rank(factor)].crop)
     return s.place(got, s[x].with_dim(dim, [Factor(bounds[-1], factor.axis, bounds)]))
 
 
 @rule(aten.flip.default)
 def flip(s: Sharder, node: Node) -> Node:
     x = tensor(node)
-    dims = [int(d) % s[x].ndim for d in node.args[1]]  # type: ignore[union-attr, arg-type]
+    dims = [dim % s[x].ndim for dim in integers(node, 1, "dims")]
     for dim in dims:
         if s[x].splits(dim):
-            if s[x].one(dim) is None:
-                x = s.whole(x, [dim])
-            else:
-                x = along(s, x, dim, Flip())
+            x = s.whole(x, [dim]) if s[x].one(dim) is None else along(s, x, dim, Flip())
     return s.emit(s[x], aten.flip.default, x, dims)
 
 
 @rule(aten.cat.default, aten.concat.default, aten.concatenate.default)
 def cat(s: Sharder, node: Node) -> Node:
-    parts = [x for x in node.args[0] if isinstance(x, Node)]  # type: ignore[union-attr]
-    parts = [x for x in parts if s[x].shape != (0,)]  # an old spelling of nothing
+    parts = [x for x in tensors(node) if s[x].shape != (0,)]  # an old spelling of nothing
     ndim = s[parts[0]].ndim
-    dim = int(argument(node, 1, "dim", 0)) % ndim
+    dim = integer(node, 1, "dim", 0) % ndim
     reference = max((x for x in parts if x in s.placed), key=lambda x: prod(s[x].shape))
     for d in range(ndim):
         if d != dim:
@@ -240,7 +214,7 @@ def cat(s: Sharder, node: Node) -> Node:
         one = s[x].one(dim)
         operands.append(one if one is not None else Factor(s[x].shape[dim], axis, (0,) * world + (s[x].shape[dim],)))
     bounds = cat_bounds([f.bounds for f in operands])
-    needs = [cat_needs(sizes, lo, hi) for lo, hi in zip(bounds, bounds[1:], strict=False)]
+    needs = [cat_needs(sizes, lo, hi) for lo, hi in pairwise(bounds)]
     got = []
     for i, (x, f) in enumerate(zip(parts, operands, strict=True)):
         got.append(s.move(x, dim, f, [need[i] for need in needs]))
@@ -260,8 +234,8 @@ def _common_tail(s: Sharder, parts: Sequence[Node], dim: int) -> Dim | None:
 
 @rule(aten.stack.default)
 def stack(s: Sharder, node: Node) -> Node:
-    parts = [x for x in node.args[0] if isinstance(x, Node)]  # type: ignore[union-attr]
-    dim = int(argument(node, 1, "dim", 0)) % (s[parts[0]].ndim + 1)
+    parts = tensors(node)
+    dim = integer(node, 1, "dim", 0) % (s[parts[0]].ndim + 1)
     reference = max((x for x in parts if x in s.placed), key=lambda x: prod(s[x].shape))
     target = s[reference]
     parts = [s.conform(x, target) for x in parts]
@@ -272,10 +246,9 @@ def stack(s: Sharder, node: Node) -> Node:
 
 @rule(aten.repeat.default)
 def repeat(s: Sharder, node: Node) -> Node:
-    x, times = tensor(node), [int(t) for t in node.args[1]]  # type: ignore[union-attr, arg-type]
+    x, times = tensor(node), integers(node, 1, "repeats")
     new = len(times) - s[x].ndim
-    dims = [(Factor(t),) for t in times[:new]]
-    placement = Placement(tuple(dims) + s[x].dims)
+    placement = Placement(Placement.whole(times[:new]).dims + s[x].dims)
     for d, t in enumerate(times[new:], new):
         if t != 1:
             placement = placement.with_dim(d, [Factor(t), *placement.dims[d]])
@@ -284,19 +257,20 @@ def repeat(s: Sharder, node: Node) -> Node:
 
 @rule(aten.repeat_interleave.self_int)
 def repeat_interleave(s: Sharder, node: Node) -> Node:
-    x, times, dim = tensor(node), int(node.args[1]), argument(node, 2, "dim")  # type: ignore[arg-type]
-    if dim is None:
+    x, times = tensor(node), integer(node, 1, "repeats")
+    if argument(node, 2, "dim") is None:
         raise ComputeWhole("repeat_interleave without a dimension flattens")
-    placement = s[x].with_dim(dim % s[x].ndim, [*s[x].dims[dim % s[x].ndim], Factor(times)])
+    dim = integer(node, 2, "dim") % s[x].ndim
+    placement = s[x].with_dim(dim, [*s[x].dims[dim], Factor(times)])
     return s.emit(placement, aten.repeat_interleave.self_int, x, times, dim)
 
 
 @rule(aten.roll.default)
 def roll(s: Sharder, node: Node) -> Node:
-    x, shifts, dims = tensor(node), node.args[1], argument(node, 2, "dims", ())
+    x, dims = tensor(node), integers(node, 2, "dims")
     if not dims:
         raise ComputeWhole("roll without dimensions flattens")
-    for dim, shift in zip(dims, shifts, strict=True):  # type: ignore[arg-type]
+    for dim, shift in zip(dims, integers(node, 1, "shifts"), strict=True):
         dim %= s[x].ndim
         factor = s[x].one(dim)
         if not s[x].splits(dim):
@@ -312,7 +286,7 @@ def roll(s: Sharder, node: Node) -> Node:
 @rule(aten.slice_scatter.default)
 def slice_scatter(s: Sharder, node: Node) -> Node:
     x, source = tensor(node), tensor(node, 1)
-    dim = int(argument(node, 2, "dim", 0)) % s[x].ndim
+    dim = integer(node, 2, "dim", 0) % s[x].ndim
     if s[x].splits(dim) or s[source].splits(dim):
         x, source = s.whole(x, [dim]), s.whole(source, [dim])
     placement = broadcast_but(s, x, source, dim)
@@ -331,4 +305,4 @@ def broadcast_but(s: Sharder, x: Node, other: Node, dim: int) -> Placement:
 @rule(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default)
 def new_like(s: Sharder, node: Node) -> Node:
     """They take dtype and device of their operand, and no value: whole on every rank."""
-    return s.emit(Placement.whole(value(node).shape), node.target, *node.args, **node.kwargs)  # type: ignore[arg-type]
+    return s.again(node, Placement.whole(value(node).shape))

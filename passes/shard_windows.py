@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 from torch.fx import Node
@@ -11,8 +13,8 @@ from torch.fx import Node
 from pvae.passes.index_map import IndexMap, Local, Pool, Resample, Transposed, Window, follow, locals_of, pad
 from pvae.passes.ir import CONVS, ConvNode, PadNode, aten, value
 from pvae.passes.placement import Factor, Interval, Placement, clip, spanning
-from pvae.passes.sharder import ComputeWhole, Sharder, rule
-from pvae.passes.shard_views import argument, reshaped, tensor
+from pvae.passes.shard_views import reshaped
+from pvae.passes.sharder import ComputeWhole, Sharder, argument, integer, integers, rule, tensor
 from pvae.runtime.fetch import fetch
 from pvae.runtime.fetch_plan import Fill
 from pvae.runtime.resample import weighted_rows
@@ -32,19 +34,52 @@ NEAREST = {
 LINEAR = frozenset({aten.upsample_linear1d.vec, aten.upsample_bilinear2d.vec, aten.upsample_trilinear3d.vec})
 
 
-def per_dim(values: Any, ndim: int) -> tuple[int, ...]:
-    values = (values,) if isinstance(values, int) else tuple(values)
-    return values * ndim if len(values) == 1 else values
+def per_dim(values: Sequence[int], ndim: int) -> list[int]:
+    return [*values] * ndim if len(values) == 1 else [*values]
 
 
-def split_factor(s: Sharder, x: Node, dim: int) -> Factor | None:
-    """The split factor that is dimension `dim`, None where it is whole."""
-    if not s[x].splits(dim):
-        return None
-    factor = s[x].one(dim)
-    if factor is None:
-        raise ComputeWhole("it works along a dimension that is split within")
-    return factor
+Ops = Mapping[int, tuple[IndexMap, Fraction]]
+
+
+@dataclass(frozen=True)
+class Reach:
+    """The operand of an op with all that its windows reach, where the result lies, and what remains to be done.
+
+    `local` has what this rank does along a dimension of `x`: along the split ones, in patch form along none.
+    """
+
+    x: Node
+    placement: Placement
+    local: Mapping[int, Local]
+
+    def finish(self, s: Sharder, result: Node, channels: int | None = None) -> Node:
+        """The op's result, cut to this rank's piece of it; `channels` where the op changes them."""
+        for dim, mine in self.local.items():
+            result = s.crop(result, dim, mine.crop)
+        return s.place(result, self.placement if channels is None else self.placement.with_dim(1, [Factor(channels)]))
+
+
+def reach(s: Sharder, node: Node, x: Node, ops: Ops, fill: Fill = "zeros", inside: bool = False) -> Reach:
+    """Fetch what a piece of `node`'s result reads of `x` along the dimensions of `ops`, where they are split.
+
+    Args:
+        ops: by dimension, what `node` does along it and how many output rows it makes of an input row.
+        inside: rows of `x` alone are fetched; whoever calls fills what lies outside.
+    """
+    held, placement, local = s[x], s[x], {}
+    for dim, (op, rate) in ops.items():
+        factor = held.one(dim)
+        if factor is None:
+            require_whole(s, x, dim, "a dimension that it works along")
+            placement = placement.with_dim(dim, [Factor(value(node).shape[dim])])
+            continue
+        out, locals_ = output_factor(s, factor, op, rate)
+        placement = placement.with_dim(dim, [out])
+        if locals_:
+            need = [clip(one.need, factor.size)[0] if inside else one.need for one in locals_]
+            x = s.move(x, dim, factor, need, fill, held.dims[dim])
+            local[dim] = locals_[s.rank(factor)]
+    return Reach(x, placement, local)
 
 
 def output_factor(s: Sharder, factor: Factor, op: IndexMap, rate: Fraction) -> tuple[Factor, tuple[Local, ...]]:
@@ -57,7 +92,7 @@ def output_factor(s: Sharder, factor: Factor, op: IndexMap, rate: Fraction) -> t
     if not s.patch:
         return Factor(bounds[-1], factor.axis, bounds), locals_of(op, factor.size, bounds)
     spans: list[Interval] = []
-    for (lo, hi), own in zip(factor.spans, zip(bounds, bounds[1:], strict=False), strict=True):
+    for (lo, hi), own in zip(factor.spans, pairwise(bounds), strict=True):
         if lo == hi:
             spans.append(own)
             continue
@@ -74,8 +109,8 @@ def output_factor(s: Sharder, factor: Factor, op: IndexMap, rate: Fraction) -> t
         raise ComputeWhole(f"patches lose more rows than they have context for ({error})") from None
 
 
-def require_whole(s: Sharder, x: Node, dims: Sequence[int], what: str) -> None:
-    if any(s[x].splits(d) for d in dims):
+def require_whole(s: Sharder, x: Node, dim: int, what: str) -> None:
+    if s[x].splits(dim):
         raise ComputeWhole(f"{what} is split")
 
 
@@ -83,152 +118,86 @@ def require_whole(s: Sharder, x: Node, dims: Sequence[int], what: str) -> None:
 def convolution(s: Sharder, node: Node) -> Node:
     conv = ConvNode.of(node)
     assert conv is not None
-    x, first = conv.x, s[conv.x].ndim - conv.ndim
-    require_whole(s, x, [1], "its channel dimension")
-    placement = s[x].with_dim(1, [Factor(conv.out_channels)])
-    padding, crops = list(conv.padding), [(0, 0)] * conv.ndim
-    for i in range(conv.ndim):
-        factor = split_factor(s, x, first + i)
-        if factor is None:
-            placement = placement.with_dim(first + i, [Factor(value(node).shape[first + i])])
-            continue
-        op = Window(conv.kernel[i], conv.stride[i], conv.dilation[i], conv.padding[i])
-        out, locals_ = output_factor(s, factor, op, Fraction(1, conv.stride[i]))
-        placement = placement.with_dim(first + i, [out])
-        if locals_:
-            x = fetched(s, x, first + i, factor, [one.need for one in locals_])
-            padding[i], crops[i] = (0, 0), locals_[s.coordinate(factor.axis)].crop  # type: ignore[index]
+    require_whole(s, conv.x, 1, "its channel dimension")
+    windows = zip(conv.kernel, conv.stride, conv.dilation, conv.padding, strict=True)
+    found = reach(s, node, conv.x, {i: (Window(*w), Fraction(1, w[1])) for i, w in enumerate(windows, 2)})
+    x = found.x
+    padding = [(0, 0) if i in found.local else p for i, p in enumerate(conv.padding, 2)]
     uneven = [p if p[0] != p[1] else (0, 0) for p in padding]
     if any(map(any, uneven)):
         x = s.build(aten.pad.default, x, [n for p in reversed(uneven) for n in p])
     symmetric = [p[0] if p[0] == p[1] else 0 for p in padding]
     settings = list(conv.stride), symmetric, list(conv.dilation), conv.groups
-    out_node = s.build(CONV_OF[conv.ndim], x, conv.weight, conv.bias, *settings)
-    for i, rows in enumerate(crops):
-        out_node = s.crop(out_node, first + i, rows)
-    return s.place(out_node, placement)
-
-
-def fetched(
-    s: Sharder, x: Node, dim: int, factor: Factor, need: Sequence[Interval], fill: Fill = "zeros"
-) -> Node:
-    """`x` with the rows `need` of a split dimension, as a node that may be fetched along another one next.
-
-    Its placement states what is held, rows beyond the edges included, so it is for the op at hand only.
-    """
-    got = s.move(x, dim, factor, need, fill)
-    if got is not x:
-        others = [d for d in range(s[x].ndim) if d != dim and s[x].splits(d)]
-        held = Placement.whole([n if d not in others else s[x].shape[d] for d, n in enumerate(value(got).shape)])
-        for d in others:
-            held = held.with_dim(d, s[x].dims[d])
-        s.place(got, held)
-    return got
+    result = s.build(CONV_OF[conv.ndim], x, conv.weight, conv.bias, *settings)
+    return found.finish(s, result, channels=conv.out_channels)
 
 
 @rule(*TRANSPOSED)
 def transposed_convolution(s: Sharder, node: Node) -> Node:
-    ndim = TRANSPOSED[node.target]
-    x, weight = tensor(node), tensor(node, 1)
-    names = (("bias", None), ("stride", 1), ("padding", 0), ("output_padding", 0), ("groups", 1), ("dilation", 1))
-    bias, stride, padding, extra, groups, dilation = (argument(node, i, n, v) for i, (n, v) in enumerate(names, 2))
-    stride, padding, extra, dilation = (list(per_dim(v, ndim)) for v in (stride, padding, extra, dilation))
-    first = s[x].ndim - ndim
-    require_whole(s, x, [1], "its channel dimension")
-    placement, crops = s[x].with_dim(1, [Factor(value(node).shape[1])]), [(0, 0)] * ndim
-    for i in range(ndim):
-        factor = split_factor(s, x, first + i)
-        if factor is None:
-            placement = placement.with_dim(first + i, [Factor(value(node).shape[first + i])])
-            continue
-        op = Transposed(value(weight).shape[2 + i], stride[i], dilation[i], padding[i], extra[i])
-        out, locals_ = output_factor(s, factor, op, Fraction(stride[i]))
-        placement = placement.with_dim(first + i, [out])
-        if locals_:
-            x = fetched(s, x, first + i, factor, [one.need for one in locals_])
-            padding[i], extra[i], crops[i] = 0, 0, locals_[s.coordinate(factor.axis)].crop  # type: ignore[index]
+    ndim, x, weight = TRANSPOSED[node.target], tensor(node), tensor(node, 1)
+    require_whole(s, x, 1, "its channel dimension")
+    names = ("stride", 1), ("padding", 0), ("output_padding", 0)
+    stride, padding, extra = (per_dim(integers(node, i, *n), ndim) for i, n in enumerate(names, 3))
+    groups, dilation = integer(node, 6, "groups", 1), per_dim(integers(node, 7, "dilation", 1), ndim)
+    windows = zip(value(weight).shape[2:], stride, dilation, padding, extra, strict=True)
+    found = reach(s, node, x, {i: (Transposed(*w), Fraction(w[1])) for i, w in enumerate(windows, 2)})
+    for dim in found.local:
+        padding[dim - 2] = extra[dim - 2] = 0
     assert callable(node.target)
-    out_node = s.build(node.target, x, weight, bias, stride, padding, extra, groups, dilation)
-    for i, rows in enumerate(crops):
-        out_node = s.crop(out_node, first + i, rows)
-    return s.place(out_node, placement)
+    settings = stride, padding, extra, groups, dilation
+    result = s.build(node.target, found.x, weight, argument(node, 2, "bias"), *settings)
+    return found.finish(s, result, channels=value(node).shape[1])
 
 
 @rule(*AVERAGES, *MAXIMA)
 def pooling(s: Sharder, node: Node) -> Node:
-    average = node.target in AVERAGES
+    average, x = node.target in AVERAGES, tensor(node)
     ndim = AVERAGES[node.target] if average else MAXIMA[node.target]
-    x = tensor(node)
-    kernel = per_dim(node.args[1], ndim)
-    stride = per_dim(argument(node, 2, "stride", ()) or kernel, ndim)
-    padding = per_dim(argument(node, 3, "padding", 0), ndim)
-    dilation = (1,) * ndim if average else per_dim(argument(node, 4, "dilation", 1), ndim)
+    kernel = per_dim(integers(node, 1, "kernel_size"), ndim)
+    stride = per_dim(integers(node, 2, "stride") or kernel, ndim)
+    padding = per_dim(integers(node, 3, "padding", 0), ndim)
+    dilation = per_dim([1] if average else integers(node, 4, "dilation", 1), ndim)
     ceil_mode = bool(argument(node, 4 if average else 5, "ceil_mode", False))
-    first = s[x].ndim - ndim
-    placement, crops = s[x], [(0, 0)] * ndim
-    for i in range(ndim):
-        factor = split_factor(s, x, first + i)
-        if factor is None:
-            placement = placement.with_dim(first + i, [Factor(value(node).shape[first + i])])
-            continue
-        op = Pool(kernel[i], stride[i], dilation[i], (padding[i], padding[i]), ceil_mode)
-        out, locals_ = output_factor(s, factor, op, Fraction(1, stride[i]))
-        placement = placement.with_dim(first + i, [out])
-        if locals_:
-            x = fetched(s, x, first + i, factor, [one.need for one in locals_])
-            crops[i] = locals_[s.coordinate(factor.axis)].crop  # type: ignore[index]
+    windows = zip(kernel, stride, dilation, [(p, p) for p in padding], strict=True)
+    first = s[x].ndim - ndim  # there may be no batch
+    require_whole(s, x, first - 1, "its channel dimension")  # else a rank may have none, which torch does not pool
+    found = reach(s, node, x, {i: (Pool(*w, ceil_mode), Fraction(1, w[1])) for i, w in enumerate(windows, first)})
     assert callable(node.target)
-    out_node = s.build(node.target, x, *node.args[1:], **node.kwargs)
-    for i, rows in enumerate(crops):
-        out_node = s.crop(out_node, first + i, rows)
-    return s.place(out_node, placement)
+    return found.finish(s, s.build(node.target, found.x, *node.args[1:], **node.kwargs))
 
 
 @rule(*NEAREST, *LINEAR)
 def interpolation(s: Sharder, node: Node) -> Node:
-    linear = node.target in LINEAR
+    x, linear = tensor(node), node.target in LINEAR
+    require_whole(s, x, 1, "its channel dimension")  # else a rank may have none, which torch does not resize
     mode: Any = "linear" if linear else NEAREST[node.target]
-    x = tensor(node)
     align = bool(argument(node, 2, "align_corners", False)) if linear else False
-    scales = argument(node, 3 if linear else 2, "scale_factors")
-    ndim = s[x].ndim - 2
-    size = [value(node).shape[2 + i] for i in range(ndim)]
-    scales = None if scales is None else list(per_dim(scales, ndim)) if not isinstance(scales, float) else [scales] * ndim
-    placement, crops, taps = s[x], [(0, 0)] * ndim, {}
-    for i in range(ndim):
-        dim = 2 + i
-        factor = split_factor(s, x, dim)
-        if factor is None:
-            placement = placement.with_dim(dim, [Factor(size[i])])
-            continue
-        op = Resample(mode, size[i], None if scales is None else scales[i], align)
-        out, locals_ = output_factor(s, factor, op, Fraction(size[i], factor.size))
-        placement = placement.with_dim(dim, [out])
-        if not locals_:
-            size[i] = out.held(s.mesh.coordinates)
-            continue
-        x = fetched(s, x, dim, factor, [one.need for one in locals_])
-        mine = locals_[s.coordinate(factor.axis)]  # type: ignore[index]
-        crops[i] = mine.crop
-        rows = mine.need[1] - mine.need[0]
-        if mine.taps:
-            taps[dim] = mine.taps
-            size[i] = rows
-            if scales is not None:
-                scales[i] = 1.0
-        elif mine.need != (0, factor.size):
-            size[i] = rows * size[i] // factor.size
-    tail = [align] if linear else []
-    assert callable(node.target)
-    out_node = x
-    if len(taps) < ndim:
-        where = [None, *tail, scales] if scales is not None else [size, *tail, None]
-        out_node = s.build(node.target, x, *where)
-    for dim, rows_of in taps.items():
-        out_node = s.build(weighted_rows, out_node, dim, tuple((tap.index, tap.weight) for tap in rows_of))
-    for i, rows_cut in enumerate(crops):
-        out_node = s.crop(out_node, 2 + i, rows_cut)
-    return s.place(out_node, placement)
+    given = argument(node, 3 if linear else 2, "scale_factors")
+    scales = list(given or ())
+    ops = {}
+    for i, out in enumerate(value(node).shape[2:]):
+        op = Resample(mode, out, scales[i] if scales else None, align)
+        ops[2 + i] = op, Fraction(out, s[x].shape[2 + i])
+    found = reach(s, node, x, ops)
+    size = list(found.placement.local(s.mesh.coordinates)[2:])
+    taps = {}
+    for dim, mine in found.local.items():
+        if mine.taps:  # the op, if it has other dimensions to do, leaves this one alone
+            taps[dim] = tuple((tap.index, tap.weight) for tap in mine.taps)
+            size[dim - 2] = value(found.x).shape[dim]
+            if scales:
+                scales[dim - 2] = 1.0
+        else:
+            size[dim - 2] += sum(mine.crop)
+    result = found.x
+    if len(taps) < len(size):
+        flags = [align] if linear else []
+        assert callable(node.target)
+        where = [None, *flags, scales] if scales else [size, *flags, None]
+        result = s.build(node.target, result, *where)
+    for dim, rows in taps.items():
+        result = s.build(weighted_rows, result, dim, rows)
+    return found.finish(s, result)
 
 
 @rule(aten.pad.default, aten.constant_pad_nd.default)
@@ -236,42 +205,31 @@ def padding_rule(s: Sharder, node: Node) -> Node:
     padded = PadNode.of(node)
     if padded is None:
         raise ComputeWhole("its widths are symbolic")
-    x, ndim = padded.x, s[padded.x].ndim
-    widths, crops = list(padded.pads), {}
+    ndim = s[padded.x].ndim
+    widths = {ndim - 1 - i: pair for i, pair in enumerate(padded.pads) if any(pair)}
     constant = padded.mode == "constant" and padded.fill != 0.0
     fill: Any = "zeros" if padded.mode == "constant" else padded.mode
-    placement = s[x]
-    for i, (front, back) in enumerate(padded.pads):
-        dim = ndim - 1 - i
-        factor = split_factor(s, x, dim) if front or back else None
-        if factor is None:
-            placement = placement.with_dim(dim, s[x].dims[dim] if s[x].splits(dim) else [Factor(value(node).shape[dim])])
-            continue
-        out, locals_ = output_factor(s, factor, pad(front, back), Fraction(1))
-        placement = placement.with_dim(dim, [out])
-        if not locals_:
-            continue
-        mine, need = locals_[s.coordinate(factor.axis)], [one.need for one in locals_]  # type: ignore[arg-type]
-        widths[i] = clip(mine.need, factor.size)[1] if constant else (0, 0)
-        x = fetched(s, x, dim, factor, [clip(n, factor.size)[0] for n in need] if constant else need, fill)
-        crops[dim] = mine.crop
+    ops = {dim: (pad(*pair), Fraction(1)) for dim, pair in widths.items()}
+    found = reach(s, node, padded.x, ops, fill, inside=constant)
+    for dim, mine in found.local.items():
+        widths[dim] = clip(mine.need, s[padded.x].shape[dim])[1] if constant else (0, 0)
+    x = found.x
     if padded.mode != "constant" and not value(x).numel():  # torch pads no empty tensor so
-        for i, (front, back) in enumerate(widths):
+        for dim, (front, back) in widths.items():
+            rows = value(x).shape[dim]
             if front or back:
-                rows = value(x).shape[ndim - 1 - i]
-                x = s.build(fetch, x, ndim - 1 - i, (0, rows), ((-front, rows + back),), 0, fill)
-    elif any(map(any, widths)):
-        flat = [n for pair in widths for n in pair]
+                x = s.build(fetch, x, dim, (0, rows), ((-front, rows + back),), 0, fill)
+    elif any(map(any, widths.values())):
+        flat = [n for dim in reversed(range(ndim - len(padded.pads), ndim)) for n in widths.get(dim, (0, 0))]
         x = s.build(aten.pad.default, x, flat, padded.mode, padded.fill if padded.mode == "constant" else None)
-    for dim, rows in crops.items():
-        x = s.crop(x, dim, rows)
-    return s.place(x, placement)
+    return found.finish(s, x)
 
 
 @rule(aten.pixel_shuffle.default)
 def pixel_shuffle(s: Sharder, node: Node) -> Node:
-    x, r = tensor(node), int(node.args[1])  # type: ignore[arg-type]
-    require_whole(s, x, [s[x].ndim - 3], "its channel dimension")
+    x = tensor(node)
+    r = integer(node, 1, "factor")
+    require_whole(s, x, s[x].ndim - 3, "its channel dimension")
     *batch, c, h, w = s[x].shape
     k = len(batch)
     y = reshaped(s, x, (*batch, c // r**2, r, r, h, w))
@@ -282,8 +240,9 @@ def pixel_shuffle(s: Sharder, node: Node) -> Node:
 
 @rule(aten.pixel_unshuffle.default)
 def pixel_unshuffle(s: Sharder, node: Node) -> Node:
-    x, r = tensor(node), int(node.args[1])  # type: ignore[arg-type]
-    require_whole(s, x, [s[x].ndim - 3], "its channel dimension")
+    x = tensor(node)
+    r = integer(node, 1, "factor")
+    require_whole(s, x, s[x].ndim - 3, "its channel dimension")
     *batch, c, h, w = s[x].shape
     k = len(batch)
     y = reshaped(s, x, (*batch, c, h // r, r, w // r, r))

@@ -91,50 +91,70 @@ class Sharder:
 
     # --- moving data ------------------------------------------------------------------------------------------------
 
-    def coordinate(self, axis: int) -> int:
-        return self.mesh.coordinates[axis]
+    def rank(self, factor: Factor) -> int:
+        """This rank's number along the axis that splits `factor`."""
+        assert factor.axis is not None
+        return self.mesh.coordinates[factor.axis]
 
-    def move(self, x: Node, dim: int, factor: Factor, need: Sequence[Interval], fill: Fill = "zeros") -> Node:
+    def move(
+        self,
+        x: Node,
+        dim: int,
+        factor: Factor,
+        need: Sequence[Interval],
+        fill: Fill = "zeros",
+        factors: Dim | None = None,
+    ) -> Node:
         """Rows `need[r]` of a factor of dimension `dim`, the rest of `x` as it is. Not placed.
 
-        `factor` is one of the dimension's, or a whole one that is to be cut for the ranks of `factor.axis`.
+        `factor` is one of the dimension's, or a whole one that is to be cut for the ranks of `factor.axis`. `factors` are
+        the dimension's, for an `x` that is not placed itself.
         """
-        assert factor.axis is not None
-        dims = self[x].dims[dim]
-        at = next((i for i, f in enumerate(dims) if f.axis == factor.axis), None)
-        if at is not None and tuple(need) == dims[at].spans:
+        factors = self[x].dims[dim] if factors is None else factors
+        at = next((i for i, f in enumerate(factors) if f.axis == factor.axis), None)
+        if at is not None and tuple(need) == factors[at].spans:
             return x
         key = (x, dim, factor, tuple(need), fill)
         if key not in self._moved:
-            self._moved[key] = self._move(x, dim, factor, tuple(need), fill, at)
+            self._moved[key] = self._move(x, dim, factor, tuple(need), fill, factors, at)
         return self._moved[key]
 
-    def _move(self, x: Node, dim: int, factor: Factor, need: tuple[Interval, ...], fill: Fill, at: int | None) -> Node:
-        axis = factor.axis
-        assert axis is not None
-        rank = self.coordinate(axis)
+    def _move(
+        self,
+        x: Node,
+        dim: int,
+        factor: Factor,
+        need: tuple[Interval, ...],
+        fill: Fill,
+        factors: Dim,
+        at: int | None,
+    ) -> Node:
+        rank = self.rank(factor)
         if at is None:  # every rank has it all
             inside, around = clip(need[rank], factor.size)
             if not any(around):
                 return self.build(aten.slice.Tensor, x, dim, *inside)
             return self.build(fetch, x, dim, (0, factor.size), (need[rank],), 0, fill)
-        dims = self[x].dims[dim]
-        local = [f.held(self.mesh.coordinates) for f in dims]
+        local = [f.held(self.mesh.coordinates) for f in factors]
         shape = list(value(x).shape)
-        apart = self.reshape(x, [*shape[:dim], *local, *shape[dim + 1 :]]) if len(dims) > 1 else x
+        apart = self.reshape(x, [*shape[:dim], *local, *shape[dim + 1 :]]) if len(factors) > 1 else x
         front, back = (factor.context or ((0, 0),) * len(need))[rank]
         apart = self.crop(apart, dim + at, (front, back))
         plan = fetch_plan(factor.bounds, need, fill)
-        where = (apart, dim + at, factor.bounds, need, rank, fill, self.mesh.groups[axis])
+        where = (apart, dim + at, factor.bounds, need, rank, fill, self.mesh.groups[factor.axis or 0])
         got = self.build(fetch, *where)
         if plan.kind != "local":
             sent = sum(plan.ranks[rank].send_splits) if plan.kind == "exchange" else local[at]
             each = value(apart).numel() // max(local[at], 1) * value(apart).element_size()
-            note = f"{plan.kind} of dimension {dim}, {sent * each} bytes from this rank"
-            self.report.matches.append(Record(plan.kind, got.name, source_line(got), note))
-            self.report.counters[plan.kind] += 1
+            self.exchanged(plan.kind, got, f"{plan.kind} of dimension {dim}", sent * each)
         local[at] = need[rank][1] - need[rank][0]
-        return self.reshape(got, [*shape[:dim], prod(local), *shape[dim + 1 :]]) if len(dims) > 1 else got
+        return self.reshape(got, [*shape[:dim], prod(local), *shape[dim + 1 :]]) if len(factors) > 1 else got
+
+    def exchanged(self, kind: str, got: Node, what: str, size: int) -> None:
+        """Report a fetch from other ranks."""
+        record = Record(kind, got.name, source_line(got), f"{what}, {size} bytes from this rank")
+        self.report.matches.append(record)
+        self.report.counters[kind] += 1
 
     def whole(self, x: Node, dims: Sequence[int] | None = None, axes: Sequence[int] | None = None) -> Node:
         """`x` with these dimensions (default: all) whole on every rank, or what these mesh axes split."""
@@ -185,7 +205,7 @@ class Sharder:
         apart = self.reshape(x, [*before[:dim], *(f.size for f in target), *before[dim + 1 :]])
         for i, f in enumerate(target):
             if f.axis is not None:
-                apart = self.build(aten.slice.Tensor, apart, dim + i, *f.spans[self.coordinate(f.axis)])
+                apart = self.build(aten.slice.Tensor, apart, dim + i, *f.spans[self.rank(f)])
         held = prod([f.held(self.mesh.coordinates) for f in target])
         return self.place(self.reshape(apart, [*before[:dim], held, *before[dim + 1 :]]), self[x].with_dim(dim, target))
 
@@ -218,6 +238,44 @@ class Sharder:
         assert callable(node.target)
         return self.build(node.target, *args, **kwargs)
 
+
+# --- the arguments of a node --------------------------------------------------------------------------------------------
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def integer(node: Node, position: int, name: str, default: int | None = None) -> int:
+    found = argument(node, position, name, default)
+    if not isinstance(found, int):
+        raise ComputeWhole(f"its {name} is {found}, not a number that is known")
+    return found
+
+
+def integers(node: Node, position: int, name: str, default: int | tuple[int, ...] = ()) -> list[int]:
+    """A list of numbers; one number is a list of it."""
+    found = argument(node, position, name, default)
+    found = [found] if isinstance(found, int) else list(found)
+    if not all(isinstance(n, int) for n in found):
+        raise ComputeWhole(f"its {name} is {found}, not numbers that are known")
+    return found
+
+
+def tensor(node: Node, position: int = 0) -> Node:
+    found = node.args[position]
+    assert isinstance(found, Node)
+    return found
+
+
+def tensors(node: Node, position: int = 0) -> list[Node]:
+    found = node.args[position]
+    assert isinstance(found, (list, tuple))
+    return [x for x in found if isinstance(x, Node)]
+
+
+# --- pointwise ops -------------------------------------------------------------------------------------------------------
 
 POINTWISE = "pointwise"
 # Elementwise though torch does not tag them so; those that make a tensor like another one are among them.

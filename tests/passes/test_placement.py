@@ -1,470 +1,288 @@
-"""placement: pieces made from nothing but the rows that the algebra asks for are those of the op on the whole."""
+"""placement: on real tensors, held in pieces, views move pieces exactly as the placement says, or it refuses them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from itertools import pairwise, product
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pvae.passes.index_map import (
-    Flip,
-    IndexMap,
-    Local,
-    Pool,
-    Repeat,
-    Resample,
-    Transposed,
-    Window,
-    cat_bounds,
-    cat_needs,
-    follow,
-    locals_of,
-    pad,
-    slicing,
-)
-from pvae.passes.placement import (
-    Bounds,
-    Interval,
-    Split,
-    clip,
-    even,
-    expand_dims,
-    permute_dims,
-    reshape_dims,
-    reshape_route,
-    squeeze_dims,
-    transpose_dims,
-    unsqueeze_dims,
-)
+from pvae.passes.placement import Bounds, Dim, Factor, Misfit, Placement, canonical, clip, even, rounded, spanning
 
-aten = torch.ops.aten
-DIM = 2  # the split dimension of every tensor below
-SIZES = st.integers(1, 24)
+MESH = (3, 2)
+COORDINATES = list(product(*map(range, MESH)))
+
+
+# --- pieces of real tensors ----------------------------------------------------------------------------------------------
+
+
+def held_rows(dim: Dim, coordinates: Sequence[int]) -> Tensor:
+    """The indices of a dimension that a rank holds, in order: outer factors vary slowest."""
+    rows = torch.zeros(1, dtype=torch.int64)
+    for f in dim:
+        own = (0, f.size) if f.axis is None else f.spans[coordinates[f.axis]]
+        rows = (rows[:, None] * f.size + torch.arange(*own)).flatten()
+    return rows
+
+
+def piece(whole: Tensor, placement: Placement, coordinates: Sequence[int]) -> Tensor:
+    """What the rank at these coordinates holds of `whole`."""
+    for d, dim in enumerate(placement.dims):
+        whole = whole.index_select(d, held_rows(dim, coordinates))
+    return whole
+
+
+def numbered(shape: Sequence[int]) -> Tensor:
+    return torch.arange(math.prod(shape)).view(tuple(shape))
+
+
+def check_pieces(placement: Placement, local: Sequence[Tensor], whole: Tensor) -> None:
+    assert placement.shape == tuple(whole.shape)
+    for coordinates, got in zip(COORDINATES, local, strict=True):
+        assert placement.local(coordinates) == tuple(got.shape)
+        assert torch.equal(got, piece(whole, placement, coordinates))
+
+
+# --- strategies ----------------------------------------------------------------------------------------------------------
 
 
 @st.composite
-def bounds_of(draw: st.DrawFn, size: int) -> Bounds:
-    cuts = draw(st.lists(st.integers(0, size), max_size=4))
+def bounds_of(draw: st.DrawFn, size: int, world: int, multiple: int = 1) -> Bounds:
+    cuts = [multiple * draw(st.integers(0, size // multiple)) for _ in range(world - 1)]
     return (0, *sorted(cuts), size)
 
 
-def activation(n: int, channels: int = 2) -> Tensor:
-    return torch.randn(1, channels, n, 5, dtype=torch.float64)
+@st.composite
+def factors(draw: st.DrawFn, axis: int | None) -> Factor:
+    size = draw(st.sampled_from([1, 2, 3, 4, 6, 8, 12]))
+    if axis is None:
+        return Factor(size)
+    bounds = draw(bounds_of(size, MESH[axis], draw(st.sampled_from([1, 2]))))
+    context: list[tuple[int, int]] = []
+    if draw(st.booleans()):
+        context = [(draw(st.integers(0, lo)), draw(st.integers(0, size - hi))) for lo, hi in pairwise(bounds)]
+    return Factor(size, axis, bounds, tuple(context) if any(map(any, context)) else ())
 
 
-def take(x: Tensor, need: Interval, fill: str = "constant") -> Tensor:
-    """What `pvae::fetch` gives: the rows `need` of `x`, filled outside."""
-    n, at = x.shape[DIM], torch.arange(*need)
-    if fill == "constant":
-        inside = ((at >= 0) & (at < n)).to(x.dtype)
-        shape = [1] * x.dim()
-        shape[DIM] = len(at)
-        return x.index_select(DIM, at.clamp(0, n - 1)) * inside.view(shape)
-    if fill == "circular":
-        return x.index_select(DIM, at % n)
-    if fill == "reflect":
-        at = at.abs()
-        at = torch.where(at >= n, 2 * (n - 1) - at, at)
-    return x.index_select(DIM, at.clamp(0, n - 1))
+@st.composite
+def placements(draw: st.DrawFn) -> Placement:
+    """Up to six factors, each axis of the mesh in one of them at most, in up to four dimensions."""
+    axes = draw(st.permutations([0, 1, None, None]))[: draw(st.integers(1, 4))]
+    drawn = [draw(factors(axis)) for axis in axes]
+    assume(math.prod(f.size for f in drawn) <= 600)
+    cuts = sorted(draw(st.sets(st.integers(1, len(drawn) - 1))) if len(drawn) > 1 else ())
+    return Placement(tuple(canonical(drawn[a:b]) for a, b in pairwise([0, *cuts, len(drawn)])))
 
 
-def gather(x: Tensor, todo: Local, *_: int) -> Tensor:
-    def weights(tap: Any) -> Tensor:
-        return torch.tensor(tap.weight, dtype=x.dtype).view([-1 if d == DIM else 1 for d in range(x.dim())])
+def shapes_of(size: int) -> st.SearchStrategy[tuple[int, ...]]:
+    """Shapes of as many elements."""
 
-    return sum((x.index_select(DIM, torch.tensor(t.index)) * weights(t) for t in todo.taps), torch.zeros(()))
+    @st.composite
+    def build(draw: st.DrawFn) -> tuple[int, ...]:
+        rest, shape = size, []
+        for _ in range(draw(st.integers(0, 4))):
+            shape.append(draw(st.sampled_from([n for n in range(1, rest + 1) if rest % n == 0])))
+            rest //= shape[-1]
+        return (*shape, rest)
 
-
-def check(
-    data: st.DataObject,
-    op: IndexMap,
-    x: Tensor,
-    whole: Tensor,
-    local: Callable[[Tensor, Local, int], Tensor],
-    fill: str = "constant",
-    tight: bool = True,
-) -> None:
-    """Each rank's piece, made by `local` from the rows it needs, for bounds that follow the input's and any others.
-
-    `tight`: the outermost of these rows are indeed read.
-    """
-    n, m = x.shape[DIM], whole.shape[DIM]
-    have = data.draw(bounds_of(n), "have")
-    assert op.size(n) == m
-    followed = follow(op, have)
-    assert Split(DIM, followed).size == m
-    if m == n:
-        assert followed == have
-    else:
-        for (first, last), (lo, hi) in zip(pairwise(have), pairwise(followed), strict=True):
-            assert all(first <= min(max(op.home(j, n), 0), n - 1) < last for j in range(lo, hi))
-    for want in (followed, data.draw(bounds_of(m), "want")):
-        pieces = []
-        for todo, (lo, hi) in zip(locals_of(op, n, want), pairwise(want), strict=True):
-
-            def piece(y: Tensor, todo: Local = todo, rows: int = hi - lo) -> Tensor:
-                result = local(y, todo, rows)
-                return result.narrow(DIM, todo.crop[0], result.shape[DIM] - sum(todo.crop))
-
-            y = take(x, todo.need, fill)
-            pieces.append(piece(y))
-            assert min(todo.crop) >= 0 and pieces[-1].shape[DIM] == hi - lo
-            for end in (0, y.shape[DIM] - 1) if tight and lo < hi else ():
-                if 0 <= todo.need[0] + end < n:
-                    poisoned = y.clone()
-                    poisoned[:, :, end] = math.nan
-                    assert piece(poisoned).isnan().any()
-        torch.testing.assert_close(torch.cat(pieces, DIM), whole, rtol=1e-12, atol=1e-12)
+    return build()
 
 
-@given(st.data(), SIZES, st.integers(1, 5), st.integers(1, 4), st.integers(1, 3), st.integers(0, 6), st.integers(0, 6))
-def test_convolution(data: st.DataObject, n: int, k: int, s: int, d: int, front: int, back: int) -> None:
-    op = Window(k, s, d, (front, back))
-    assume(op.size(n) > 0 and n + front + back >= op.span)
-    x, w, b = activation(n), torch.randn(3, 2, k, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
-    whole = F.conv2d(F.pad(x, (0, 0, front, back)), w, b, (s, 1), (0, 1), (d, 1))
-    check(data, op, x, whole, lambda y, todo, _: F.conv2d(y, w, b, (s, 1), (todo.padding[0], 1), (d, 1)))
-
-
-@given(st.data(), SIZES, st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(0, 2), st.booleans())
-def test_max_pool(data: st.DataObject, n: int, k: int, s: int, d: int, p: int, ceil_mode: bool) -> None:
-    op = Pool(k, s, d, (p, p), ceil_mode)
-    assume(p <= k // 2 and n + 2 * p >= op.span)
-    x = activation(n) - 5  # padding by zeros would show
-    whole = F.max_pool2d(x, (k, 1), (s, 1), (p, 0), (d, 1), ceil_mode)
-    check(
-        data,
-        op,
-        x,
-        whole,
-        lambda y, t, _: F.max_pool2d(y, (k, 1), (s, 1), (t.padding[0], 0), (d, 1), ceil_mode),
-        tight=False,
-    )
-
-
-@given(st.data(), SIZES, st.integers(1, 5), st.integers(1, 4), st.integers(0, 2), st.booleans(), st.booleans())
-def test_avg_pool(data: st.DataObject, n: int, k: int, s: int, p: int, ceil_mode: bool, count: bool) -> None:
-    op = Pool(k, s, 1, (p, p), ceil_mode)
-    assume(p <= k // 2 and n + 2 * p >= k)
-    x = activation(n)
-
-    def pool(y: Tensor, padding: int) -> Tensor:
-        return F.avg_pool2d(y, (k, 1), (s, 1), (padding, 0), ceil_mode, count)
-
-    check(data, op, x, pool(x, p), lambda y, todo, _: pool(y, todo.padding[0]), tight=False)
-    if count and not ceil_mode:  # then the padding is plain zeros
-        check(data, Window(k, s, 1, (p, p)), x, pool(x, p), lambda y, todo, _: pool(y, todo.padding[0]))
-
-
-@given(st.data(), SIZES, st.integers(1, 5), st.integers(1, 4), st.integers(1, 3), st.integers(0, 4), st.integers(0, 3))
-def test_transposed_convolution(data: st.DataObject, n: int, k: int, s: int, d: int, p: int, extra: int) -> None:
-    op = Transposed(k, s, d, p, extra)
-    assume(extra < max(s, d) and op.size(n) > 0)
-    x, w, b = activation(n), torch.randn(2, 3, k, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
-    whole = F.conv_transpose2d(x, w, b, (s, 1), (p, 1), (extra, 0), 1, (d, 1))
-    check(
-        data,
-        op,
-        x,
-        whole,
-        lambda y, *_: F.conv_transpose2d(y, w, b, (s, 1), (0, 1), 0, 1, (d, 1)),
-        tight=d == 1 and k >= s,
-    )
-
-
-@given(
-    st.data(),
-    SIZES,
-    st.integers(-3, 6),
-    st.integers(-3, 6),
-    st.sampled_from(["constant", "replicate", "reflect", "circular"]),
-)
-def test_pad(data: st.DataObject, n: int, front: int, back: int, fill: str) -> None:
-    assume(n + front + back > 0 and n + min(front, back) > 0)
-    assume(fill != "reflect" or max(front, back) < n)
-    assume(fill != "circular" or (max(front, back) <= n and min(front, back) >= 0))
-    x = activation(n)
-    check(data, pad(front, back), x, F.pad(x, (0, 0, front, back), mode=fill), lambda y, *_: y, fill)
-
-
-@given(st.data(), SIZES, st.integers(0, 6), st.integers(0, 6))
-def test_pad_by_another_constant(data: st.DataObject, n: int, front: int, back: int) -> None:
-    x, op = activation(n), pad(front, back)
-    want = data.draw(bounds_of(op.size(n)))
-    pieces = []
-    for todo, (lo, hi) in zip(locals_of(op, n, want), pairwise(want), strict=True):
-        (a, b), around = clip(todo.need, n)
-        pieces.append(F.pad(x[:, :, a:b], (0, 0, *around), value=7.0)[:, :, : hi - lo])
-    assert torch.equal(torch.cat(pieces, DIM), F.pad(x, (0, 0, front, back), value=7.0))
-
-
-@given(st.data(), SIZES, st.integers(1, 5))
-def test_slice(data: st.DataObject, n: int, step: int) -> None:
-    start, stop = sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n)), "slice"))
-    x = activation(n)
-    check(data, slicing(n, start, stop, step), x, x[:, :, start:stop:step], lambda y, *_: y[:, :, ::step])
-
-
-@given(st.data(), SIZES, st.integers(1, 4))
-def test_flip_and_repeats(data: st.DataObject, n: int, times: int) -> None:
-    x = activation(n)
-    check(data, Flip(), x, x.flip(DIM), lambda y, *_: y.flip(DIM))
-    check(data, Repeat(times), x, x.repeat(1, 1, times, 1), gather)
-    inner = x.repeat_interleave(times, DIM)
-    check(data, Resample("nearest", times * n), x, inner, lambda y, *_: y.repeat_interleave(times, DIM))
-
-
-UPSAMPLE: dict[tuple[str, int], Any] = {
-    ("nearest", 2): aten.upsample_nearest2d.default,
-    ("nearest", 3): aten.upsample_nearest3d.default,
-    ("nearest-exact", 2): aten._upsample_nearest_exact2d.default,
-    ("nearest-exact", 3): aten._upsample_nearest_exact3d.default,
-    ("linear", 2): aten.upsample_bilinear2d.default,
-    ("linear", 3): aten.upsample_trilinear3d.default,
-}
-FACTORS = st.sampled_from([1.0, 2.0, 3.0, 4.0, 8.0, 1.5, 2.5, 4 / 3, 0.5, 0.25, 1.1, 2.3]) | st.floats(0.2, 5)
-
-
-@pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "linear"])
-@pytest.mark.parametrize("dims", [2, 3])
-@given(
-    data=st.data(),
-    n=SIZES,
-    factor=FACTORS,
-    given_scale=st.booleans(),
-    align=st.booleans(),
-    channels_last=st.booleans(),
-    channels=st.integers(1, 3),
-)
-def test_resample(
-    data: st.DataObject,
-    mode: Any,
-    dims: int,
-    n: int,
-    factor: float,
-    given_scale: bool,
-    align: bool,
-    channels_last: bool,
-    channels: int,
-) -> None:
-    out = math.floor(n * factor)
-    assume(out > 0)
-    op = Resample(mode, out, factor if given_scale else None, align and mode == "linear")
-    other = (7, 3)[: dims - 1]
-    x = torch.randn(1, channels, n, 5, 2, dtype=torch.float64) if dims == 3 else activation(n, channels)
-    x = x.to(memory_format=torch.channels_last_3d if dims == 3 else torch.channels_last) if channels_last else x
-    flags = (op.align_corners,) if mode == "linear" else ()
-    no_scales = (None,) * (dims - 1)
-
-    def call(y: Tensor, size: int, scale: float | None) -> Tensor:
-        return UPSAMPLE[mode, dims](y, [size, *other], *flags, scale, *no_scales)
-
-    def local(y: Tensor, todo: Local, rows: int) -> Tensor:
-        if todo.taps:
-            y = gather(y, todo)
-            return call(y, y.shape[DIM], None)  # the op still does the other dimensions
-        return call(y, rows + sum(todo.crop), op.scale)
-
-    sure = len({tuple(at) for at in op.sources(np.arange(out), n)}) == 1  # else everything is needed
-    check(data, op, x, call(x, out, op.scale), local, tight=sure)
-
-
-def test_the_example_of_the_module() -> None:
-    conv, have = Window(kernel=3, stride=2, padding=(1, 1)), even(17, 3)
-    want = follow(conv, have)
-    assert (have, want) == ((0, 6, 12, 17), (0, 3, 6, 9))
-    assert locals_of(conv, have[-1], want)[1] == Local((5, 12))
-
-
-def test_pooling_begins_at_the_last_possible_multiple_of_the_stride() -> None:
-    assert locals_of(Pool(3, 2, padding=(1, 1)), 16, (0, 4, 8))[1] == Local((6, 16), (1, 1), (1, 0))
-    assert locals_of(Pool(2, 2), 16, (0, 4, 8))[1] == Local((8, 16))
-
-
-def test_whole_factors_need_no_taps() -> None:
-    modes: list[Any] = ["nearest", "nearest-exact", "linear"]
-    for mode, factor, scaled in product(modes, (1, 2, 3, 4, 8, 16), (False, True)):
-        op = Resample(mode, 30 * factor, float(factor) if scaled else None)
-        todo = locals_of(op, 30, (0, 10 * factor, 30 * factor))[1]
-        halo = mode == "linear" and factor > 1
-        assert not todo.taps and todo.need == (9 if halo else 10, 30)
-
-
-def test_aligned_corners_stay_inside() -> None:
-    for n, out in product(range(1, 60), range(1, 120)):
-        last = locals_of(Resample("linear", out, align_corners=True), n, (0, out - 1, out))[1]
-        assert last.need[1] <= n
-
-
-def test_taps_where_the_scale_is_not_the_sizes() -> None:
-    assert [len(t.taps) for t in locals_of(Resample("linear", 6, 2.3), 3, (0, 3, 6))] == [2, 2]
-    assert [len(t.taps) for t in locals_of(Resample("nearest", 9), 6, (0, 3, 9))] == [1, 1]
-
-
-def test_rows_that_kernels_disagree_on_are_computed_from_the_whole() -> None:
-    """Out of 2 rows by 1.25 make 2; torch's channels-last kernel copies them, its other one takes the first twice."""
-    assert locals_of(Resample("nearest", 2, 1.25), 2, (0, 1, 2)) == (
-        Local((0, 2), crop=(0, 1)),
-        Local((0, 2), crop=(1, 0)),
-    )
-
-
-@given(st.data(), st.lists(st.integers(0, 12), min_size=1, max_size=4), st.integers(1, 5))
-def test_cat(data: st.DataObject, sizes: list[int], world: int) -> None:
-    xs = [activation(n) for n in sizes]
-    whole = torch.cat(xs, DIM)
-    want = cat_bounds([even(n, world) for n in sizes])
-    assert Split(DIM, want).size == whole.shape[DIM]
-    for bounds in (want, data.draw(bounds_of(sum(sizes)))):
-        pieces = [
-            torch.cat([x[:, :, a:b] for x, (a, b) in zip(xs, cat_needs(sizes, lo, hi), strict=True)], DIM)
-            for lo, hi in pairwise(bounds)
-        ]
-        assert torch.equal(torch.cat(pieces, DIM), whole)
-        assert all(a <= b for lo, hi in pairwise(bounds) for a, b in cat_needs(sizes, lo, hi))
-
-
-def test_cat_keeps_a_large_operand_in_place() -> None:
-    assert cat_bounds([even(2, 4), even(40, 4)]) == (0, 12, 22, 32, 42)
-    assert cat_bounds([even(40, 4), even(40, 4)]) == even(80, 4)
+# --- factors -------------------------------------------------------------------------------------------------------------
 
 
 @given(st.integers(0, 60), st.integers(1, 7), st.integers(1, 5))
 def test_even(size: int, world: int, multiple: int) -> None:
-    split = Split(0, even(size, world, multiple))
-    assert (split.size, split.world) == (size, world)
-    assert all(b % multiple == 0 or b == size for b in split.bounds)
-    units = [math.ceil((hi - lo) / multiple) for lo, hi in map(split.interval, range(world))]
+    bounds = even(size, world, multiple)
+    assert (len(bounds), bounds[0], bounds[-1]) == (world + 1, 0, size)
+    assert all(b % multiple == 0 or b == size for b in bounds)
+    units = [math.ceil((hi - lo) / multiple) for lo, hi in pairwise(bounds)]
     assert units == sorted(units, reverse=True) and units[0] - units[-1] <= 1
 
 
-def test_bounds_must_rise_from_zero() -> None:
-    for bounds in ((0,), (1, 2), (0, 3, 2)):
-        with pytest.raises(ValueError, match="rise from 0"):
-            Split(0, bounds)
-    with pytest.raises(ValueError, match="from the front"):
-        Split(-1, (0, 2))
+@given(st.integers(-9, 20), st.integers(0, 20), st.integers(0, 12))
+def test_clip(lo: int, length: int, size: int) -> None:
+    (a, b), (front, back) = clip((lo, lo + length), size)
+    assert 0 <= a <= b <= size and min(front, back) >= 0
+    inside = [row if 0 <= row < size else None for row in range(lo, lo + length)]
+    assert [None] * front + list(range(a, b)) + [None] * back == inside
 
 
-# --- views ------------------------------------------------------------------------------------------------------------
+@given(st.data(), st.integers(0, 40), st.integers(1, 6))
+def test_rounded(data: st.DataObject, size: int, multiple: int) -> None:
+    bounds = data.draw(bounds_of(size, 4))
+    found = rounded(bounds, multiple)
+    assert (found[0], found[-1], len(found)) == (0, size, 5) and list(found) == sorted(found)
+    assert all(b % multiple == 0 or b == size for b in found)
+    assert all(2 * abs(b - old) <= multiple for b, old in zip(found, bounds, strict=True))
+    assert rounded(found, multiple) == found
 
 
-def check_view(x: Tensor, split: Split, whole: Tensor, moved: Split, local: Callable[[Tensor], Tensor]) -> None:
-    assert moved.size == whole.shape[moved.dim]
-    for rank in range(split.world):
-        lo, hi = split.interval(rank)
-        a, b = moved.interval(rank)
-        piece = local(x.narrow(split.dim, lo, hi - lo))
-        assert torch.equal(piece, whole.narrow(moved.dim, a, b - a))
+def test_spanning() -> None:
+    assert spanning(9, 0, (0, 4, 9), [(0, 4), (4, 9)]) == Factor(9, 0, (0, 4, 9))
+    factor = spanning(9, 1, (0, 4, 9), [(0, 6), (1, 9)])
+    assert factor == Factor(9, 1, (0, 4, 9), ((0, 2), (3, 0))) and factor.spans == ((0, 6), (1, 9))
+    assert [factor.held((5, r)) for r in range(2)] == [6, 8]
+    with pytest.raises(ValueError, match="do not cover"):
+        spanning(9, 0, (0, 4, 9), [(0, 3), (4, 9)])
 
 
-@st.composite
-def shapes(draw: st.DrawFn) -> list[int]:
-    """A shape of up to 144 elements and few primes, so that two of them often have a common product."""
-    return draw(st.permutations([2, 2, 2, 2, 3, 3, 1, 1]).map(lambda f: merge(f, draw(st.sets(st.integers(1, 7))))))
+@given(factors(0), st.integers(1, 5))
+def test_times_and_over(factor: Factor, k: int) -> None:
+    more = factor.times(k)
+    assert more.size == k * factor.size and more.over(k) == factor
+    assert [more.held((r,)) for r in range(3)] == [k * factor.held((r,)) for r in range(3)]
 
 
-def merge(factors: list[int], cuts: set[int]) -> list[int]:
-    at = [0, *sorted(cuts), len(factors)]
-    return [math.prod(factors[a:b]) for a, b in pairwise(at)]
+def test_over_refuses_what_falls_between() -> None:
+    assert Factor(12, 0, (0, 5, 12)).over(2) is None
+    assert Factor(12, 0, (0, 4, 12), ((0, 1), (2, 0))).over(2) is None
+    assert Factor(12, 0, (0, 4, 12), ((0, 2), (2, 0))).over(2) == Factor(6, 0, (0, 2, 6), ((0, 1), (1, 0)))
 
 
-@given(st.data(), shapes(), shapes(), st.booleans())
-def test_reshape(data: st.DataObject, shape: list[int], to: list[int], fitting: bool) -> None:
-    x = torch.arange(math.prod(shape)).view(shape)
-    dim = data.draw(st.integers(0, len(shape) - 1))
-    route = reshape_route(shape, to, dim)
-    bounds = data.draw(bounds_of(shape[dim]))
-    if fitting and not isinstance(route, str):
-        bounds = even(shape[dim], len(bounds) - 1, route[1].denominator)
-    split = Split(dim, bounds)
-    moved = reshape_dims(shape, to, split)
-    whole = x.view(to)
-    if isinstance(moved, Split):
+def test_canonical() -> None:
+    split = Factor(6, 0, (0, 3, 6))
+    assert canonical([]) == canonical([Factor(1), Factor(1)]) == (Factor(1),)
+    assert canonical([Factor(2), Factor(1), Factor(3)]) == (Factor(6),)
+    assert canonical([split, Factor(2)]) == (Factor(12, 0, (0, 6, 12)),)
+    assert canonical([Factor(2), split, Factor(2), Factor(5)]) == (Factor(2), Factor(60, 0, (0, 30, 60)))
+    assert canonical([Factor(1, 0, (0, 0, 1))]) == (Factor(1, 0, (0, 0, 1)),)  # one row, which one rank has
 
-        def local(y: Tensor) -> Tensor:
-            rows = y.numel() * to[moved.dim] // x.numel()
-            return y.reshape([rows if d == moved.dim else size for d, size in enumerate(to)])
 
-        check_view(x, split, whole, moved, local)
+# --- placements ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_placement_says() -> None:
+    rows = Factor(5, 0, (0, 2, 4, 5))
+    x = Placement(((Factor(2),), (rows,), (Factor(3), Factor(4, 1, (0, 1, 4)))))
+    assert (x.shape, x.ndim, x.axes, x.is_whole) == ((2, 5, 12), 3, {0, 1}, False)
+    assert x.local((2, 0)) == (2, 1, 3) and x.local((0, 1)) == (2, 2, 9)
+    assert [x.splits(d) for d in range(3)] == [False, True, True]
+    assert [x.one(d) for d in range(3)] == [None, rows, None]
+    assert x.permuted((1, 2, 0)).shape == (5, 12, 2)
+    assert x.with_dim(1, [Factor(2), Factor(3)]).dims[1] == (Factor(6),)
+    assert Placement.whole((2, 5)) == Placement(((Factor(2),), (Factor(5),))) and Placement.whole((2, 5)).is_whole
+
+
+@given(placements())
+def test_local_shapes_of_all_ranks_add_up(x: Placement) -> None:
+    """Without context, every element is held by one rank; or by each along the axes that split nothing."""
+    whole = numbered(x.shape)
+    held = torch.cat([piece(whole, x, c).flatten() for c in COORDINATES])
+    times = torch.bincount(held, minlength=whole.numel())
+    copies = math.prod(n for axis, n in enumerate(MESH) if axis not in x.axes)
+    if any(f.context for dim in x.dims for f in dim):
+        assert times.min() >= copies
+    else:
+        assert (times == copies).all()
+    assert [piece(whole, x, c).numel() for c in COORDINATES] == [math.prod(x.local(c)) for c in COORDINATES]
+
+
+@given(st.data(), placements())
+def test_reshape(data: st.DataObject, x: Placement) -> None:
+    """There, the pieces are what the placement says; back again, it is the same placement."""
+    whole, shape = numbered(x.shape), data.draw(shapes_of(math.prod(x.shape)))
+    try:
+        y = x.reshaped(shape)
+    except Misfit as misfit:
+        check_misfit(x, shape, misfit)
         return
-    assert not fitting or isinstance(route, str) or shape[dim] % route[1].denominator
-    # Refused: then no dimension of the result has the pieces as runs of its rows.
-    pieces = [set(x.narrow(dim, lo, hi - lo).flatten().tolist()) for lo, hi in map(split.interval, range(split.world))]
-    pieces = [p for p in pieces if p]
-    if len(pieces) > 1:
-        for d in range(len(to)):
-            rows = [set(row.flatten().tolist()) for row in whole.unbind(d)]
-            owners = [[r for r, piece in enumerate(pieces) if row <= piece] for row in rows]
-            assert [] in owners or owners != sorted(owners)
+    local = [piece(whole, x, c).reshape(y.local(c)) for c in COORDINATES]
+    check_pieces(y, local, whole.view(shape))
+    back = y.reshaped(x.shape)
+    check_pieces(back, [p.reshape(back.local(c)) for p, c in zip(local, COORDINATES, strict=True)], whole)
+    assert back == x or any(
+        f.size == 1 for dim in x.dims for f in dim if f.axis is not None
+    )  # it may change dimensions
 
 
-def test_reshape_says_why_not() -> None:
-    assert "merged inside [2]" in str(reshape_dims((2, 6), (12,), Split(1, (0, 3, 6))))
-    assert "not multiples of 3" in str(reshape_dims((12,), (4, 3), Split(0, (0, 5, 12))))
-    assert "is dropped" in str(reshape_dims((4, 1), (4,), Split(1, (0, 1, 1))))
+def check_misfit(x: Placement, shape: Sequence[int], misfit: Misfit) -> None:
+    """With bounds at the named multiple, it is not this factor that is cut, unless its context is."""
+    assert misfit.axis in x.axes
+    if misfit.multiple is None:
+        return
+    dim, at, factor = next(
+        (d, i, f) for d, dim in enumerate(x.dims) for i, f in enumerate(dim) if f.axis == misfit.axis
+    )
+    assert factor.over(misfit.multiple) is None
+    better = Factor(factor.size, factor.axis, rounded(factor.bounds, misfit.multiple))
+    mended = x.with_dim(dim, [better if i == at else f for i, f in enumerate(x.dims[dim])])
+    try:
+        mended.reshaped(shape)
+    except Misfit as other:
+        assert (other.axis, other.multiple) != (misfit.axis, misfit.multiple)
+
+
+@given(st.data(), placements())
+def test_views_of_pieces_are_the_pieces_of_the_view(data: st.DataObject, x: Placement) -> None:
+    """A reshape, a permutation, a slice of a whole dimension and another reshape, rank by rank."""
+    whole = numbered(x.shape)
+    local = [piece(whole, x, c) for c in COORDINATES]
+
+    def reshape(x: Placement, whole: Tensor, local: list[Tensor]) -> tuple[Placement, Tensor, list[Tensor]]:
+        shape = data.draw(shapes_of(whole.numel()), "shape")
+        try:
+            y = x.reshaped(shape)
+        except Misfit:
+            assume(False)
+        return y, whole.reshape(shape), [p.reshape(y.local(c)) for p, c in zip(local, COORDINATES, strict=True)]
+
+    x, whole, local = reshape(x, whole, local)
+    order = data.draw(st.permutations(range(x.ndim)), "order")
+    x, whole, local = x.permuted(order), whole.permute(order), [p.permute(order) for p in local]
+    for d in range(x.ndim):
+        if not x.splits(d) and x.shape[d] > 1 and data.draw(st.booleans()):
+            start = data.draw(st.integers(0, x.shape[d] - 1))
+            x, whole = x.with_dim(d, [Factor(x.shape[d] - start)]), whole.narrow(d, start, x.shape[d] - start)
+            local = [p.narrow(d, start, p.shape[d] - start) for p in local]
+    x, whole, local = reshape(x, whole, local)
+    check_pieces(x, local, whole)
+
+
+def refusals() -> Iterator[tuple[Placement, tuple[int, ...], int | None]]:
+    rows = Factor(12, 0, (0, 5, 8, 12))
+    yield Placement(((rows,),)), (4, 3), 3  # 5 and 8 are no multiples of 3
+    yield Placement(((rows,),)), (3, 4), 4
+    yield Placement(((rows,), (Factor(2),))), (4, 6), 3  # rows of 2 each: 10 and 16 are no multiples of 6
+    yield Placement(((rows,),)), (2, 6), 6
+    yield Placement(((Factor(2),), (rows,))), (8, 3), 3
+    yield Placement(((Factor(2),), (rows,))), (3, 8), None  # cuts across
+    yield Placement(((Factor(4),), (Factor(1, 0, (0, 0, 1)),))), (4,), None  # one row, of which only a rank has it
+
+
+@pytest.mark.parametrize(("x", "shape", "multiple"), list(refusals()))
+def test_misfits_and_the_multiple_that_would_fit(x: Placement, shape: tuple[int, ...], multiple: int | None) -> None:
+    with pytest.raises(Misfit) as caught:
+        x.reshaped(shape)
+    assert (caught.value.axis, caught.value.multiple) == (0, multiple)
+
+
+def test_a_reshape_that_is_none() -> None:
     with pytest.raises(ValueError, match="does not reshape"):
-        reshape_dims((4,), (5,), Split(0, (0, 4)))
-    with pytest.raises(ValueError, match="not of size 3"):
-        reshape_dims((4,), (2, 2), Split(0, (0, 3)))
+        Placement.whole((4,)).reshaped((5,))
 
 
-def test_squeeze_moves_what_stands_behind() -> None:
-    assert squeeze_dims((2, 1, 3, 1), (1, 3), Split(0, (0, 1, 2))) == Split(0, (0, 1, 2))
-    assert squeeze_dims((2, 1, 3, 1), (1, 3), Split(2, (0, 1, 3))) == Split(1, (0, 1, 3))
-
-
-@given(st.data(), st.integers(1, 9), st.integers(1, 3))
+@given(st.data(), st.integers(2, 9), st.integers(1, 3))
 def test_pixel_shuffle(data: st.DataObject, n: int, r: int) -> None:
-    """(b, c r r, h, w) -> (b, c, r, r, h, w) -> (b, c, h, r, w, r) -> (b, c, h r, w r), split along h, and back."""
-    shape, order = (1, 2 * r * r, n, 5), (0, 1, 4, 2, 5, 3)
-    split: Split | str = Split(2, data.draw(bounds_of(n)))
-    unfolded = (1, 2, r, r, n, 5)
-    split = reshape_dims(shape, unfolded, split)
-    assert isinstance(split, Split) and (n == 1 or split.dim == 4)
-    permuted = permute_dims(order, split)
-    shuffled = reshape_dims([unfolded[o] for o in order], (1, 2, n * r, 5 * r), permuted)
-    if n > 1:
-        assert shuffled == Split(2, tuple(b * r for b in split.bounds))
-        assert reshape_dims((1, 2, n * r, 5 * r), (1, 2, n, r, 5, r), shuffled) == Split(2, split.bounds)
+    """(b, c r r, h, w) -> (b, c, r, r, h, w) -> (b, c, h, r, w, r) -> (b, c, h r, w r), split along h and w, and back."""
+    rows, columns = Factor(n, 0, data.draw(bounds_of(n, 3))), Factor(5, 1, data.draw(bounds_of(5, 2)))
+    x = Placement(((Factor(1),), (Factor(2 * r * r),), (rows,), (columns,)))
+    apart = x.reshaped((1, 2, r, r, n, 5)).permuted((0, 1, 4, 2, 5, 3))
+    assert apart.dims[2] == (rows,) and apart.dims[4] == (columns,)
+    shuffled = apart.reshaped((1, 2, n * r, 5 * r))
+    assert shuffled == Placement(((Factor(1),), (Factor(2),), (rows.times(r),), (columns.times(r),)))
+    back = shuffled.reshaped((1, 2, n, r, 5, r)).permuted((0, 1, 3, 5, 2, 4)).reshaped(x.shape)
+    assert back == x
 
 
-@given(st.data(), st.lists(st.integers(1, 4), min_size=1, max_size=4))
-def test_permute_transpose_squeeze_unsqueeze_expand(data: st.DataObject, shape: list[int]) -> None:
-    x, ndim = torch.randn(shape), len(shape)
-    dims = st.integers(0, ndim - 1)
-    split = Split(dim := data.draw(dims), data.draw(bounds_of(shape[dim])))
-
-    order = data.draw(st.permutations(range(-ndim, 0)))
-    check_view(x, split, x.permute(order), permute_dims(order, split), lambda y: y.permute(order))
-
-    a, b = data.draw(st.tuples(st.integers(-ndim, ndim - 1), st.integers(-ndim, ndim - 1)))
-    check_view(x, split, x.transpose(a, b), transpose_dims(ndim, a, b, split), lambda y: y.transpose(a, b))
-
-    new = data.draw(st.integers(-ndim - 1, ndim))
-    check_view(x, split, x.unsqueeze(new), unsqueeze_dims(ndim, new, split), lambda y: y.unsqueeze(new))
-
-    away = data.draw(st.sets(dims).map(sorted))
-    squeezed = squeeze_dims(shape, away, split)
-    if isinstance(squeezed, Split):
-        gone = tuple(d for d in away if shape[d] == 1)
-        check_view(x, split, x.squeeze(away), squeezed, lambda y: y.squeeze(gone))
-    else:
-        assert dim in away and shape[dim] == 1
-
-    to = [2, *(data.draw(st.sampled_from([3, -1, 1])) if size == 1 else size for size in shape)]
-    expanded = expand_dims(shape, to, split)
-    if isinstance(expanded, Split):
-        sizes = [-1 if d == expanded.dim else size for d, size in enumerate(to)]
-        check_view(x, split, x.expand(to), expanded, lambda y: y.expand(sizes))
-    else:
-        assert shape[dim] == 1 and to[dim + 1] == 3
+def test_tokens_of_frames_and_back() -> None:
+    """[b, t, h, w, c] -> [b, t * h * w, c]: the tokens are (t, h w split), and nothing moves."""
+    x = Placement(((Factor(2),), (Factor(3),), (Factor(4, 0, (0, 1, 2, 4)),), (Factor(5),), (Factor(6),)))
+    tokens = x.reshaped((2, 60, 6))
+    assert tokens.dims[1] == (Factor(3), Factor(20, 0, (0, 5, 10, 20)))
+    assert tokens.reshaped((6, 20, 6)).dims[0] == (Factor(6),) and tokens.reshaped(x.shape) == x
