@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from math import log2
 from typing import Any
 
 import torch
@@ -49,7 +50,9 @@ def _stride(graph: Graph, main: Node, dim: int) -> int:
         raise ShardError("sharding needs static sizes; compile with dynamic=False")
     outputs = [n for n in torch.utils._pytree.tree_leaves(output_node(graph).args) if isinstance(n, Node)]
     planes = [value(n).shape[dim] for n in outputs if is_tensor(n) and value(n).dim() in (4, 5)]
-    return max(1, -(-size // planes[0])) if planes and planes[0] > 0 else 1
+    if not planes or not 0 < planes[0] < size:
+        return 1
+    return 2 ** round(log2(size / planes[0]))  # sizes that the stride does not divide lose or gain a row
 
 
 def _scaled(bounds: Bounds, size: int) -> Bounds:
@@ -129,6 +132,10 @@ def _cut_input(sharder: Sharder, node: Node, placement: Placement) -> None:
         cut = sharder.recut(cut, dim, placement.dims[dim])
     for user in users:
         user.replace_input_with(node, cut)
+    where = ", ".join(
+        f"dimension {d} at {f.bounds}" for d, dim in enumerate(placement.dims) for f in dim if f.axis is not None
+    )
+    sharder.report.matches.append(Record("cut", node.name, "", f"split along {where}"))
 
 
 def _enter(sharder: Sharder, node: Node, pieces: Sequence[Piece]) -> None:

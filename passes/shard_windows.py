@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -31,6 +31,12 @@ NEAREST = {
     aten._upsample_nearest_exact2d.vec: "nearest-exact",
     aten._upsample_nearest_exact3d.vec: "nearest-exact",
 }
+FILLS: Mapping[str, Fill] = {
+    "constant": "zeros",
+    "replicate": "replicate",
+    "reflect": "reflect",
+    "circular": "circular",
+}
 LINEAR = frozenset({aten.upsample_linear1d.vec, aten.upsample_bilinear2d.vec, aten.upsample_trilinear3d.vec})
 
 
@@ -39,6 +45,7 @@ def per_dim(values: Sequence[int], ndim: int) -> list[int]:
 
 
 Ops = Mapping[int, tuple[IndexMap, Fraction]]
+NO_FILLS: Mapping[int, Fill] = {}
 
 
 @dataclass(frozen=True)
@@ -59,11 +66,14 @@ class Reach:
         return s.place(result, self.placement if channels is None else self.placement.with_dim(1, [Factor(channels)]))
 
 
-def reach(s: Sharder, node: Node, x: Node, ops: Ops, fill: Fill = "zeros", inside: bool = False) -> Reach:
+def reach(
+    s: Sharder, node: Node, x: Node, ops: Ops, fills: Mapping[int, Fill] = NO_FILLS, inside: bool = False
+) -> Reach:
     """Fetch what a piece of `node`'s result reads of `x` along the dimensions of `ops`, where they are split.
 
     Args:
         ops: by dimension, what `node` does along it and how many output rows it makes of an input row.
+        fills: by dimension, what stands outside of `x`; zeros where nothing is said.
         inside: rows of `x` alone are fetched; whoever calls fills what lies outside.
     """
     held, placement, local = s[x], s[x], {}
@@ -77,7 +87,7 @@ def reach(s: Sharder, node: Node, x: Node, ops: Ops, fill: Fill = "zeros", insid
         placement = placement.with_dim(dim, [out])
         if locals_:
             need = [clip(one.need, factor.size)[0] if inside else one.need for one in locals_]
-            x = s.move(x, dim, factor, need, fill, held.dims[dim])
+            x = s.move(x, dim, factor, need, fills.get(dim, "zeros"), held.dims[dim])
             local[dim] = locals_[s.rank(factor)]
     return Reach(x, placement, local)
 
@@ -119,17 +129,78 @@ def convolution(s: Sharder, node: Node) -> Node:
     conv = ConvNode.of(node)
     assert conv is not None
     require_whole(s, conv.x, 1, "its channel dimension")
-    windows = zip(conv.kernel, conv.stride, conv.dilation, conv.padding, strict=True)
-    found = reach(s, node, conv.x, {i: (Window(*w), Fraction(1, w[1])) for i, w in enumerate(windows, 2)})
-    x = found.x
-    padding = [(0, 0) if i in found.local else p for i, p in enumerate(conv.padding, 2)]
-    uneven = [p if p[0] != p[1] else (0, 0) for p in padding]
-    if any(map(any, uneven)):
-        x = s.build(aten.pad.default, x, [n for p in reversed(uneven) for n in p])
-    symmetric = [p[0] if p[0] == p[1] else 0 for p in padding]
+    before = _pad_before(s, conv)
+    windows: dict[int, tuple[IndexMap, Fraction]] = {}
+    for i, (kernel, stride, dilation, own) in enumerate(
+        zip(conv.kernel, conv.stride, conv.dilation, conv.padding, strict=True), 2
+    ):
+        windows[i] = Window(kernel, stride, dilation, before.widths.get(i, own)), Fraction(1, stride)
+    found = reach(s, node, before.x, windows, dict.fromkeys(before.widths, before.fill))
+    rest = {i: pair for i, pair in before.widths.items() if i not in found.local}
+    x = padded(s, found.x, rest, before.named, before.mode)
+    padding = {i: p for i, p in enumerate(conv.padding, 2) if i not in found.local and i not in before.widths}
+    x = padded(s, x, {i: p for i, p in padding.items() if p[0] != p[1]}, conv.ndim, "constant")
+    symmetric = [padding[i][0] if i in padding and padding[i][0] == padding[i][1] else 0 for i in windows]
     settings = list(conv.stride), symmetric, list(conv.dilation), conv.groups
     result = s.build(CONV_OF[conv.ndim], x, conv.weight, conv.bias, *settings)
     return found.finish(s, result, channels=conv.out_channels)
+
+
+@dataclass(frozen=True)
+class PadBefore:
+    """A pad that a convolution does itself: of `x`, by dimension (front, back). One fetch then brings rows and fill."""
+
+    x: Node
+    widths: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    mode: str = "constant"
+    named: int = 0  # how many dimensions the pad names, counted from the last
+
+    @property
+    def fill(self) -> Fill:
+        return FILLS[self.mode]
+
+
+def _pad_before(s: Sharder, conv: ConvNode) -> PadBefore:
+    """What `padding_rule` left to `conv`, or nothing."""
+    return s.left_to.pop(conv.node, None) or PadBefore(conv.x)
+
+
+def _leaves_to_convolution(s: Sharder, found: PadNode) -> PadBefore | None:
+    """`found` as a part of the one convolution that reads it, where that pads nothing itself along these dimensions."""
+    user, *others = found.node.users
+    conv = ConvNode.of(user)
+    widths = _widths(s, found)
+    exact = found.mode in FILLS and (found.mode != "constant" or found.fill == 0.0) and not s.patch
+    if conv is None or others or conv.x is not found.node or conv.weight is found.node or not exact:
+        return None
+    if any(dim < 2 or any(conv.padding[dim - 2]) for dim in widths):
+        return None
+    placement = s[found.x]
+    if placement.splits(1) or any(placement.splits(d) and not placement.one(d) for d in range(2, placement.ndim)):
+        return None  # the convolution will be computed whole, and must find its operand padded
+    return PadBefore(found.x, widths, found.mode, len(found.pads))
+
+
+def _widths(s: Sharder, found: PadNode) -> dict[int, tuple[int, int]]:
+    ndim = s[found.x].ndim
+    return {ndim - 1 - i: pair for i, pair in enumerate(found.pads) if any(pair)}
+
+
+def padded(
+    s: Sharder, x: Node, widths: Mapping[int, tuple[int, int]], named: int, mode: str, constant: float = 0.0
+) -> Node:
+    """`x` padded along dimensions that a rank has whole, by a pad that names so many. Not placed."""
+    widths = {dim: pair for dim, pair in widths.items() if any(pair)}
+    if not widths:
+        return x
+    if mode != "constant" and not value(x).numel():  # torch pads no empty tensor so
+        for dim, (front, back) in widths.items():
+            rows = value(x).shape[dim]
+            x = s.build(fetch, x, dim, (0, rows), ((-front, rows + back),), 0, FILLS[mode])
+        return x
+    ndim = value(x).dim()
+    flat = [n for dim in reversed(range(ndim - named, ndim)) for n in widths.get(dim, (0, 0))]
+    return s.build(aten.pad.default, x, flat, mode, constant if mode == "constant" else None)
 
 
 @rule(*TRANSPOSED)
@@ -202,27 +273,20 @@ def interpolation(s: Sharder, node: Node) -> Node:
 
 @rule(aten.pad.default, aten.constant_pad_nd.default)
 def padding_rule(s: Sharder, node: Node) -> Node:
-    padded = PadNode.of(node)
-    if padded is None:
+    found = PadNode.of(node)
+    if found is None:
         raise ComputeWhole("its widths are symbolic")
-    ndim = s[padded.x].ndim
-    widths = {ndim - 1 - i: pair for i, pair in enumerate(padded.pads) if any(pair)}
-    constant = padded.mode == "constant" and padded.fill != 0.0
-    fill: Any = "zeros" if padded.mode == "constant" else padded.mode
+    left = _leaves_to_convolution(s, found)
+    if left is not None:
+        s.left_to[next(iter(node.users))] = left
+        return found.x
+    widths = _widths(s, found)
+    constant = found.mode == "constant" and found.fill != 0.0
     ops = {dim: (pad(*pair), Fraction(1)) for dim, pair in widths.items()}
-    found = reach(s, node, padded.x, ops, fill, inside=constant)
-    for dim, mine in found.local.items():
-        widths[dim] = clip(mine.need, s[padded.x].shape[dim])[1] if constant else (0, 0)
-    x = found.x
-    if padded.mode != "constant" and not value(x).numel():  # torch pads no empty tensor so
-        for dim, (front, back) in widths.items():
-            rows = value(x).shape[dim]
-            if front or back:
-                x = s.build(fetch, x, dim, (0, rows), ((-front, rows + back),), 0, fill)
-    elif any(map(any, widths.values())):
-        flat = [n for dim in reversed(range(ndim - len(padded.pads), ndim)) for n in widths.get(dim, (0, 0))]
-        x = s.build(aten.pad.default, x, flat, padded.mode, padded.fill if padded.mode == "constant" else None)
-    return found.finish(s, x)
+    reached = reach(s, node, found.x, ops, dict.fromkeys(widths, FILLS[found.mode]), inside=constant)
+    for dim, mine in reached.local.items():
+        widths[dim] = clip(mine.need, s[found.x].shape[dim])[1] if constant else (0, 0)
+    return reached.finish(s, padded(s, reached.x, widths, len(found.pads), found.mode, found.fill))
 
 
 @rule(aten.pixel_shuffle.default)
