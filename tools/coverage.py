@@ -186,5 +186,6 @@ def markdown(found: Sequence[Coverage]) -> str:
     blocks = [f"- {f.name}: {f.why_graphs}" for f in found if f.why_graphs]
     for title, items in (("Refused, and why", refused), ("Unseen", unseen), ("Captured in several graphs", blocks)):
         lines += ["", f"## {title}", "", *(items or ["None."])]
-    lines += ["", "Ops that sharding computes whole on every rank, over the zoo's autoencoders: none ([sharding.md](sharding.md)).", ""]
+    whole = "Ops that sharding computes whole on every rank, over the zoo's autoencoders: none ([sharding.md](sharding.md))."
+    lines += ["", whole, ""]
     return "\n".join(lines)
