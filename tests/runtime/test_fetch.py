@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from datetime import timedelta
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -18,38 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import pad
-from torch.testing._internal.distributed import multi_threaded_pg
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pvae.runtime.fetch import fetch, fetched_like
 from pvae.runtime.fetch_plan import fetch_plan
 from pvae.runtime.mesh import Mesh, make_mesh
 from pvae.runtime.torch_compat import new_fake_mode
-
-
-def on_threads(world: int, run: Callable[[int], Any]) -> list[Any]:
-    """`run(rank)` on each rank of a world of threads."""
-    torch._C._distributed_c10d._set_thread_isolation_mode(True)
-    threads_world = multi_threaded_pg._install_threaded_pg()
-    store = dist.HashStore()
-
-    def start(rank: int) -> Any:
-        torch.set_num_threads(1)
-        dist.init_process_group("threaded", rank=rank, world_size=world, store=store)
-        try:
-            return run(rank)
-        except BaseException as error:  # the others wait in a collective: let them go
-            multi_threaded_pg.ProcessLocalGroup.exception_handle(error)
-            raise
-
-    try:
-        with ThreadPoolExecutor(world) as pool:
-            return list(pool.map(start, range(world)))
-    finally:
-        del threads_world
-        multi_threaded_pg.ProcessLocalGroup.reset()
-        multi_threaded_pg._uninstall_threaded_pg()
-        torch._C._distributed_c10d._set_thread_isolation_mode(False)
+from tests.threaded_ranks import on_threads
 
 
 def rows_of(whole: torch.Tensor, dim: int, start: int, stop: int, fill: str) -> torch.Tensor:

@@ -6,7 +6,6 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -16,37 +15,12 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.testing._internal.distributed import multi_threaded_pg
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pvae.runtime.mesh import make_mesh
 from pvae.runtime.sharded_tensor import Piece, ShardedTensor
 from pvae.runtime.torch_compat import FakeTensor, new_fake_mode
-
-
-def on_threads(world: int, run: Callable[[int], Any]) -> list[Any]:
-    """`run(rank)` on each rank of a world of threads, as in `test_fetch.py`."""
-    torch._C._distributed_c10d._set_thread_isolation_mode(True)
-    threads_world = multi_threaded_pg._install_threaded_pg()
-    store = dist.HashStore()
-
-    def start(rank: int) -> Any:
-        torch.set_num_threads(1)
-        dist.init_process_group("threaded", rank=rank, world_size=world, store=store)
-        try:
-            return run(rank)
-        except BaseException as error:  # the others wait in a collective: let them go
-            multi_threaded_pg.ProcessLocalGroup.exception_handle(error)
-            raise
-
-    try:
-        with ThreadPoolExecutor(world) as pool:
-            return list(pool.map(start, range(world)))
-    finally:
-        del threads_world
-        multi_threaded_pg.ProcessLocalGroup.reset()
-        multi_threaded_pg._uninstall_threaded_pg()
-        torch._C._distributed_c10d._set_thread_isolation_mode(False)
+from tests.threaded_ranks import on_threads
 
 
 def piece(dim: int, bounds: tuple[int, ...], group: str | None, rank: int, context: int = 0) -> Piece:
