@@ -3,7 +3,7 @@
     y[n, o, t] = conv2d(cat_dt(x[n, :, t * st + dt * d - front]), W),   W[o, (dt, c)] = w[o, c, dt]
 
 The kt frames that an output frame reads are laid side by side as channels; frames outside the input are zeros. The sum over
-(dt, c) is the same as the 3-D convolution's, in one accumulation, so only the order of summation can differ (FACTS: bf16
+(dt, c) is the same as the 3-D convolution's, in one accumulation, so only the order of summation can differ (measured: bf16
 error equal to conv3d's). Source: SGLang-Diffusion's ROCm rewrite (sglang #34424), without its limits on groups, dilation
 and padding.
 

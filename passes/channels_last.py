@@ -2,7 +2,7 @@
 
 Inductor and cuDNN both take a convolution's layout from its weight, so nothing else has to be rewritten: with every weight
 in channels_last the whole region between them stays so. On CUDA in half precision this is the faster layout for every
-decoder measured (FACTS: Wan 1744 -> 1028 ms, Qwen-Image 53.9 -> 38.7); elsewhere `auto` leaves layouts alone.
+decoder measured (Wan 1744 -> 1028 ms, Qwen-Image 53.9 -> 38.7); elsewhere `auto` leaves layouts alone.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a machine can do, as the few numbers that the cost model needs, and where each comes from.
 
-Units: FLOP/s, bytes/s, seconds, bytes. Only `h200` is measured (FACTS, "Measured on H200" and "Traffic between 4 H200s");
+Units: FLOP/s, bytes/s, seconds, bytes. Only `h200` is measured;
 the other presets are data-sheet peaks times the share of its own data sheet that the H200 reached, and say so.
 """
 
@@ -104,13 +104,13 @@ H200 = Machine(
     # Whole decodes of docs/measurements.md, less their light kernels: Qwen-Image 500 TFLOP/s, Flux2 350, the 96-channel
     # convolutions of Wan, unfolded, 600.
     convolution=((0, 0.0), (96, 0.60), (192, 0.68), (384, 0.76)),
-    # FACTS "Convolution forms", less the half wave: 237 TFLOP/s at 96 channels, 538 at 192, 526 to 600 at 384; at 128, a
+    # measured forms of convolution, less the half wave: 237 TFLOP/s at 96 channels, 538 at 192, 526 to 600 at 384; at 128, a
     # full tile, from LTX-2 and CogVideoX.
     convolution3d=((0, 0.0), (96, 0.32), (128, 0.60), (192, 0.70), (384, 0.78)),
     attention=0.7,  # what a Wan 14B block leaves it when its products run at the matrix rate
     wide_attention=0.3,  # what Qwen-Image's decode leaves it
     measured=True,
-    source="FACTS.md, one to four NVIDIA H200, torch 2.11, cuDNN 9.19",
+    source="measured on one to four NVIDIA H200, torch 2.11, cuDNN 9.19",
 )
 
 

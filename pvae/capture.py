@@ -1,7 +1,7 @@
 """From Dynamo's graph, or from a module's forward, to the one IR: ATen before decomposition, functional, weights as inputs.
 
 Dynamo's graph is re-traced through `fx.Interpreter`, never by its generated code, which drops parentheses around negative
-bases (FACTS, "Capturing").
+bases.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Weights that are prepared once: kept by the identity, storage and version of what they were made from.
 
-A write through `.data` moves none of the three (FACTS, "Weights"); `forget` is for that.
+A write through `.data` moves none of the three; `forget` is for that.
 """
 
 from __future__ import annotations

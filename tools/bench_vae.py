@@ -3,7 +3,7 @@
     python -m pvae.tools.bench_vae wan2.1 qwen-image [--rows eager,inductor,pvae] [--profile]
 
 Rivals: eager; eager with channels-last weights; Inductor with channels-last weights, `dynamic=False` and a raised
-recompile limit (the best that a user gets from torch alone, FACTS.md). Each row is measured after two warm-up calls.
+recompile limit (the best that a user gets from torch alone). Each row is measured after two warm-up calls.
 """
 
 from __future__ import annotations

@@ -203,7 +203,7 @@ def test_what_one_sends_another_receives(data: st.DataObject) -> None:
 
 
 def test_exchange_times_are_those_measured() -> None:
-    for kib, microseconds in ((16, 20), (640, 20), (2560, 38)):  # FACTS: a message to either neighbour
+    for kib, microseconds in ((16, 20), (640, 20), (2560, 38)):  # measured: a message to either neighbour
         assert H200.exchange_seconds(2 * kib * 1024) == pytest.approx(microseconds * 1e-6)
     assert H200.gather_seconds(384 * MIB) == pytest.approx(384 * MIB / 315e9, rel=0.05)
     assert H200.exchange_seconds(100 * MIB) > H200.exchange_seconds(10 * MIB) > H200.exchange_seconds(4 * MIB)
