@@ -179,8 +179,8 @@ def test_a_wrong_pass(wrong: Pass, kind: str, position: int, monkeypatch: pytest
 @pytest.mark.parametrize(("engines", "kind"), [(("inductor",), "engine"), (("inductor", "eager"), "capture")])
 def test_no_pass_at_all(engines: tuple[str, ...], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def engine(gm: torch.fx.GraphModule, inputs: Any, options: Options, fake_mode: Any) -> Callable[..., Any]:
-        run = torch.fx.Interpreter(gm).run
-        return (lambda *args: tuple(2 * t for t in run(*args))) if options.engine in engines else run
+        run = torch.fx.Interpreter(gm).boxed_run
+        return (lambda args: tuple(2 * t for t in run(args))) if options.engine in engines else run
 
     monkeypatch.setattr(pvae.backend, "_engine", engine)
     pvae.backend.reset()
