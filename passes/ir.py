@@ -197,7 +197,8 @@ def repropagate(nodes: Iterator[Node] | Sequence[Node]) -> None:
             node.meta["val"] = derive(node)
 
 
-def _per_dim(values: Any, ndim: int) -> tuple[int, ...]:
+def per_dim(values: Any, ndim: int) -> tuple[int, ...]:
+    """One number a dimension, as torch's windowed ops take them: a single one is meant for all."""
     values = (values,) if isinstance(values, int) else tuple(values)
     return values * ndim if len(values) == 1 else values
 
@@ -235,14 +236,14 @@ class ConvNode:
         given = list(node.args) + defaults[len(node.args) :]
         given = [node.kwargs.get(name, arg) for name, arg in zip(names, given, strict=True)]
         x, weight, bias, stride, padding, dilation, groups = given
-        dilation = _per_dim(dilation, ndim)
+        dilation = per_dim(dilation, ndim)
         kernel = value(weight).shape[2:]
         if isinstance(padding, str):
             total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
             pads = tuple((t // 2, t - t // 2) for t in total)
         else:
-            pads = tuple((p, p) for p in _per_dim(padding, ndim))
-        return cls(node, x, weight, bias, _per_dim(stride, ndim), pads, dilation, groups)
+            pads = tuple((p, p) for p in per_dim(padding, ndim))
+        return cls(node, x, weight, bias, per_dim(stride, ndim), pads, dilation, groups)
 
     @property
     def ndim(self) -> int:

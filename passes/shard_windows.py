@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
@@ -11,7 +11,7 @@ from typing import Any
 from torch.fx import Node
 
 from pvae.passes.index_map import IndexMap, Local, Pool, Resample, Transposed, Window, follow, locals_of, pad
-from pvae.passes.ir import CONVS, ConvNode, PadNode, aten, value
+from pvae.passes.ir import CONVS, ConvNode, PadNode, aten, per_dim, value
 from pvae.passes.placement import Factor, Interval, Placement, clip, spanning
 from pvae.passes.shard_views import reshaped
 from pvae.passes.sharder import ComputeWhole, Sharder, argument, integer, integers, rule, tensor
@@ -38,10 +38,6 @@ FILLS: Mapping[str, Fill] = {
     "circular": "circular",
 }
 LINEAR = frozenset({aten.upsample_linear1d.vec, aten.upsample_bilinear2d.vec, aten.upsample_trilinear3d.vec})
-
-
-def per_dim(values: Sequence[int], ndim: int) -> list[int]:
-    return [*values] * ndim if len(values) == 1 else [*values]
 
 
 Ops = Mapping[int, tuple[IndexMap, Fraction]]
@@ -129,7 +125,7 @@ def convolution(s: Sharder, node: Node) -> Node:
     conv = ConvNode.of(node)
     assert conv is not None
     require_whole(s, conv.x, 1, "its channel dimension")
-    before = _pad_before(s, conv)
+    before = s.left_to.pop(node, None) or PadBefore(conv.x)
     windows: dict[int, tuple[IndexMap, Fraction]] = {}
     for i, (kernel, stride, dilation, own) in enumerate(
         zip(conv.kernel, conv.stride, conv.dilation, conv.padding, strict=True), 2
@@ -160,18 +156,13 @@ class PadBefore:
         return FILLS[self.mode]
 
 
-def _pad_before(s: Sharder, conv: ConvNode) -> PadBefore:
-    """What `padding_rule` left to `conv`, or nothing."""
-    return s.left_to.pop(conv.node, None) or PadBefore(conv.x)
-
-
 def _leaves_to_convolution(s: Sharder, found: PadNode) -> PadBefore | None:
     """`found` as a part of the one convolution that reads it, where that pads nothing itself along these dimensions."""
-    user, *others = found.node.users
-    conv = ConvNode.of(user)
+    users = list(found.node.users)
+    conv = ConvNode.of(users[0]) if len(users) == 1 else None
     widths = _widths(s, found)
     exact = found.mode in FILLS and (found.mode != "constant" or found.fill == 0.0) and not s.patch
-    if conv is None or others or conv.x is not found.node or conv.weight is found.node or not exact:
+    if conv is None or conv.x is not found.node or conv.weight is found.node or not exact:
         return None
     if any(dim < 2 or any(conv.padding[dim - 2]) for dim in widths):
         return None
@@ -208,8 +199,8 @@ def transposed_convolution(s: Sharder, node: Node) -> Node:
     ndim, x, weight = TRANSPOSED[node.target], tensor(node), tensor(node, 1)
     require_whole(s, x, 1, "its channel dimension")
     names = ("stride", 1), ("padding", 0), ("output_padding", 0)
-    stride, padding, extra = (per_dim(integers(node, i, *n), ndim) for i, n in enumerate(names, 3))
-    groups, dilation = integer(node, 6, "groups", 1), per_dim(integers(node, 7, "dilation", 1), ndim)
+    stride, padding, extra = (list(per_dim(integers(node, i, *n), ndim)) for i, n in enumerate(names, 3))
+    groups, dilation = integer(node, 6, "groups", 1), list(per_dim(integers(node, 7, "dilation", 1), ndim))
     windows = zip(value(weight).shape[2:], stride, dilation, padding, extra, strict=True)
     found = reach(s, node, x, {i: (Transposed(*w), Fraction(w[1])) for i, w in enumerate(windows, 2)})
     for dim in found.local:

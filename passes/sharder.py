@@ -52,7 +52,7 @@ class Sharder:
     patch: bool = False
     placed: dict[Node, Placement] = field(default_factory=dict)
     build: Builder = field(init=False)
-    left_to: dict[Node, Any] = field(default_factory=dict)  # what an op does besides its own work, see `shard_windows`
+    left_to: dict[Node, Any] = field(default_factory=dict)  # the pads that convolutions do themselves (`PadBefore`)
     _moved: dict[Any, Node] = field(default_factory=dict)
 
     def __getitem__(self, node: Node) -> Placement:

@@ -1,4 +1,4 @@
-"""`shard="auto"`: the form, dimensions and number of ranks by predicted cost, chosen once for a model from its first graph."""
+"""`shard="auto"`: form, dimensions and ranks by predicted cost, chosen once a region, from its first graph."""
 
 from __future__ import annotations
 

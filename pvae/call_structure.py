@@ -8,7 +8,7 @@ objects at every later call.
 from __future__ import annotations
 
 import enum
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,13 +35,17 @@ Box = list[Any] | dict[Any, Any]
 is_dense = torch.ops.aten.is_non_overlapping_and_dense.default
 
 
-def describe(value: Any, tensors: list[torch.Tensor], boxes: list[Box]) -> Hashable:
+def describe(value: Any, tensors: list[torch.Tensor], boxes: list[Box], *, strides: bool = True) -> Hashable:
     """A key for `value`; its tensors and its mutable containers are appended to the two lists, in order.
 
     A tensor with gaps in memory (a slice of a longer video) is appended as a dense copy, so that its strides, which tell
-    of the whole that it was cut from, are no reason for another capture.
+    of the whole that it was cut from, are no reason for another capture. Without `strides` tensors are told apart by shape,
+    dtype and device alone, and appended as they are.
     Raises TypeError, naming the type, for what can be neither traced nor compared.
     """
+    if isinstance(value, torch.Tensor) and not strides:
+        tensors.append(value)
+        return value.shape, value.dtype, value.device
     if isinstance(value, ShardedTensor):
         tensors.append(value)
         local = value.local
@@ -54,12 +58,12 @@ def describe(value: Any, tensors: list[torch.Tensor], boxes: list[Box]) -> Hasha
     kind = type(value)
     if kind is list:
         boxes.append(value)
-        return "list", *[describe(v, tensors, boxes) for v in value]
+        return "list", *[describe(v, tensors, boxes, strides=strides) for v in value]
     if isinstance(value, tuple):
-        return kind, *[describe(v, tensors, boxes) for v in value]
+        return kind, *[describe(v, tensors, boxes, strides=strides) for v in value]
     if kind is dict:
         boxes.append(value)
-        return "dict", *[(k, describe(v, tensors, boxes)) for k, v in value.items()]
+        return "dict", *[(k, describe(v, tensors, boxes, strides=strides)) for k, v in value.items()]
     if isinstance(value, CONSTANTS):
         return kind, value
     raise TypeError(f"{kind.__module__}.{kind.__qualname__}")
@@ -192,3 +196,16 @@ def fill(template: Any, outputs: Sequence[Any], inputs: Sequence[Any], boxes: Se
     if kind is dict:
         return {k: fill(t, outputs, inputs, boxes) for k, t in template.items()}
     return template
+
+
+def write_back(
+    effects: Iterable[tuple[int, Any]], outputs: Sequence[Any], inputs: Sequence[Any], boxes: Sequence[Box]
+) -> None:
+    """Leave in the caller's own containers what a call left in them: `effects` are (number of the container, template)."""
+    for index, template in effects:
+        content, box = fill(template, outputs, inputs, boxes), boxes[index]
+        box.clear()
+        if isinstance(box, list):
+            box.extend(content)
+        else:
+            box.update(content)

@@ -10,7 +10,7 @@ import functools
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -18,7 +18,19 @@ from torch import nn
 
 from pvae.auto_shard import choose_sharding
 from pvae.backend import REGISTRY, PvaeError, compile_capture, complain, overlapping, pvae_backend
-from pvae.call_structure import Box, In, Out, Rebuilder, Templates, Unknown, describe, fill, same_layout, tensors_of
+from pvae.call_structure import (
+    Box,
+    In,
+    Out,
+    Rebuilder,
+    Templates,
+    Unknown,
+    describe,
+    fill,
+    same_layout,
+    tensors_of,
+    write_back,
+)
 from pvae.capture import capture_run, tensor_constants
 from pvae.kernels.channels_last import FORMATS
 from pvae.module_state import Absent, Attribute, AttributeWatch, ModuleState, clean_caches, layout_key
@@ -74,13 +86,7 @@ class Program:
                 if index < len(own) and own[index] is not tensors[index]:  # `describe` made a dense copy of it
                     own[index].copy_(tensors[index])
             tensors = own
-        for index, template in self.effects:
-            box = boxes[index]
-            if isinstance(box, list):
-                box[:] = [fill(t, outputs, tensors, boxes) for t in template]
-            else:
-                box.clear()
-                box.update({k: fill(t, outputs, tensors, boxes) for k, t in template.items()})
+        write_back(self.effects, outputs, tensors, boxes)
         leaves = [fill(t, outputs, tensors, boxes) for t in self.result]
         return leaves[0] if self.spec.is_leaf() else torch.utils._pytree.tree_unflatten(leaves, self.spec)
 
@@ -381,13 +387,20 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
 
 def compile_with(model: nn.Module, options: Options) -> nn.Module:
     """`compile` with options that are already parsed; the environment is not read again."""
+    if options.shard == "tile":
+        asked = [n for n in ("mesh", "shard_dims", "gather") if getattr(options, n) != getattr(Options, n)]
+        if asked:
+            raise PvaeError(
+                f"{', '.join(asked)}: shard='tile' spreads whole tiles over all ranks and gathers their results; "
+                "shard='halo' and 'patch' take these options"
+            )
     counter = RewriteCounter(options.rewrite_limit)
     restore(model)
     for name, module in regions(model).items():
         where = f"{type(model).__name__}.{name}" if name else type(model).__name__
         module.forward = CompiledForward(module, where, options, counter)
     if options.shard == "tile":
-        ranks = ranks_of(replace(options, shard_dims="h", mesh=None))
+        ranks = ranks_of(options)
         assert ranks is not None
         checked = options.check_inputs == "on"
         install_tiles(model, regions(model), ranks.mesh, options, seconds=options.timeout, check_values=checked)

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pvae.backend import PvaeError
-from pvae.call_structure import CONSTANTS, Box, Out, Rebuilder, Templates, Unknown, fill
+from pvae.call_structure import CONSTANTS, Box, Out, Rebuilder, Templates, Unknown, describe, fill, write_back
 from pvae.module_state import Absent, Attribute, AttributeWatch, ModuleState, clean_caches
 from pvae.runtime.torch_compat import DATA_DEPENDENT, FakeTensorMode, autocast_enabled, new_fake_mode, static_fake
 
@@ -51,29 +51,6 @@ class Spec:
         return torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
 
 
-def signature(value: Any, tensors: list[torch.Tensor], boxes: list[Box]) -> Hashable:
-    """A key for `value`, its tensors and mutable containers appended in order: `call_structure.describe` without strides,
-    and so without its dense copies.
-
-    Raises TypeError, naming the type, for what cannot be compared.
-    """
-    if isinstance(value, torch.Tensor):
-        tensors.append(value)
-        return value.shape, value.dtype, value.device
-    kind = type(value)
-    if kind is list:
-        boxes.append(value)
-        return "list", *[signature(v, tensors, boxes) for v in value]
-    if isinstance(value, tuple):
-        return kind, *[signature(v, tensors, boxes) for v in value]
-    if kind is dict:
-        boxes.append(value)
-        return "dict", *[(k, signature(v, tensors, boxes)) for k, v in value.items()]
-    if isinstance(value, CONSTANTS):
-        return kind, value
-    raise TypeError(f"{kind.__module__}.{kind.__qualname__}")
-
-
 @dataclass(frozen=True)
 class Kind:
     """What one kind of call returns and leaves in containers, without values."""
@@ -85,14 +62,7 @@ class Kind:
 
     def replay(self, outputs: Sequence[Any], tensors: Sequence[torch.Tensor], boxes: Sequence[Box]) -> Any:
         """Return and write what such a call would, with `outputs` for the tensors that it makes."""
-        for index, template in self.effects:
-            content = fill(template, outputs, tensors, boxes)
-            box = boxes[index]
-            if isinstance(box, list):
-                box[:] = content
-            else:
-                box.clear()
-                box.update(content)
+        write_back(self.effects, outputs, tensors, boxes)
         return pytree.tree_unflatten([fill(t, outputs, tensors, boxes) for t in self.result], self.structure)
 
     def made(self, result: Any, boxes: Sequence[Box]) -> dict[int, torch.Tensor]:
@@ -191,7 +161,7 @@ class Planner:
     def plan(self, name: str, own: Callable[..., Any], args: Any, kwargs: Any) -> TilePlan:
         """The plan of `own(*args, **kwargs)`, the model's method `name`. Raises Unplannable."""
         try:
-            key = name, autocast_enabled(), signature((args, kwargs), [], [])
+            key = name, autocast_enabled(), describe((args, kwargs), [], [], strides=False)
             hash(key)
         except TypeError as error:
             raise Unplannable(f"an argument is a {error}, which cannot be compared") from None
@@ -237,7 +207,7 @@ class Planner:
                 tensors: list[torch.Tensor] = []
                 boxes: list[Box] = []
                 call = args, kwargs, self.attributes(name)
-                key = name, signature(call, tensors, boxes)
+                key = name, describe(call, tensors, boxes, strides=False)
                 kind = self._kinds.get((number, autocast_enabled(), key))
                 if kind is None:
                     kind = self._kinds[number, autocast_enabled(), key] = self._learn(name, forward, call, mode)
@@ -259,7 +229,7 @@ class Planner:
             stack.enter_context(clean_caches(self.model))
             fakes = [static_fake(mode, t) for t in state.current()]
             tensors: list[torch.Tensor] = []
-            signature((args, kwargs), tensors, [])
+            describe((args, kwargs), tensors, [], strides=False)
             inputs = [static_fake(mode, t) for t in tensors]
             args, kwargs = Rebuilder(inputs)((args, kwargs))
             versions = [t._version for t in inputs]
@@ -281,7 +251,7 @@ class Planner:
     def _learn(self, name: str, forward: Callable[..., Any], call: Any, mode: FakeTensorMode) -> Kind:
         """Run a region on fakes. `call` is its arguments and the list of the attributes that it is known to write."""
         tensors: list[torch.Tensor] = []
-        signature(call, tensors, [])
+        describe(call, tensors, [], strides=False)
         inputs = [static_fake(mode, t) for t in tensors]
         rebuild = Rebuilder(inputs)
         args, kwargs, held = rebuild(call)

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from pvae.backend import REGISTRY, PvaeError, complain
-from pvae.call_structure import Box
+from pvae.call_structure import Box, describe
 from pvae.module_state import Absent, AttributeWatch
 from pvae.options import Options
 from pvae.runtime.fetch import fetch
@@ -29,7 +29,7 @@ from pvae.runtime.mesh import Mesh
 from pvae.runtime.rank_agreement import RankAgreement
 from pvae.runtime.torch_compat import is_compiling
 from pvae.tile_blend import restore_blends, vectorise_blends
-from pvae.tile_plan import Planner, RegionCall, Spec, TilePlan, Unplannable, intercepted, signature
+from pvae.tile_plan import Planner, RegionCall, Spec, TilePlan, Unplannable, intercepted
 
 ENTRIES = ("encode", "decode", "tiled_encode", "tiled_decode")
 
@@ -271,7 +271,7 @@ class Tiles:
         tensors: list[torch.Tensor] = []
         boxes: list[Box] = []
         held = self.planner.attributes(name)
-        key = name, signature((args, kwargs, held), tensors, boxes)
+        key = name, describe((args, kwargs, held), tensors, boxes, strides=False)
         if call is None or call.key != key:
             planned = "no call" if call is None else call.text
             raise PvaeError(

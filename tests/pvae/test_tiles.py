@@ -265,6 +265,14 @@ def test_what_cannot_be_installed() -> None:
     assert "decode" not in model.__dict__
 
 
+@pytest.mark.parametrize("option", [{"mesh": 2}, {"shard_dims": "w"}, {"gather": "off"}])
+def test_options_that_tiles_cannot_honour(option: dict[str, Any]) -> None:
+    model = Toy(lambda model, tiles: torch.cat([model.decoder(t) for t in tiles], -1))
+    with pytest.raises(pvae.PvaeError, match=f"{next(iter(option))}: shard='tile' spreads whole tiles"):
+        pvae.compile(model, shard="tile", **option)
+    assert "forward" not in vars(model.decoder)
+
+
 def test_a_stale_plan_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Toy(lambda self, zs: torch.cat([self.decoder(z) for z in zs], -1))
     group = InOneProcess(model, monkeypatch)
