@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from pvae.runtime.rank_agreement import RankAgreement, RankError
 from pvae.tile_plan import TilePlan
 from pvae.tiles import install_tiles, remove_tiles, tiles_of
 from tests.pvae.tiles_case import InOneProcess, installed, mesh, why
+from tests.ranks import on_processes
 
 
 @pytest.fixture(autouse=True)
@@ -388,14 +388,4 @@ def test_gloo_processes(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     script = Path(__file__).with_name("tiles_gloo.py")
     command = [sys.executable, str(script), str(tmp_path / "store"), str(world)]
-    ranks = [
-        subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for rank in range(world)
-    ]
-    try:
-        for rank in ranks:
-            said, _ = rank.communicate(timeout=300)
-            assert rank.returncode == 0, said
-    finally:
-        for rank in ranks:
-            rank.kill()
+    on_processes([[*command, str(rank)] for rank in range(world)], 300)

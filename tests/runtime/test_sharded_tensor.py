@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from pvae.runtime.mesh import make_mesh
 from pvae.runtime.sharded_tensor import Piece, ShardedTensor
 from pvae.runtime.torch_compat import FakeTensor, new_fake_mode
-from tests.threaded_ranks import on_threads
+from tests.ranks import on_threads
 
 
 def piece(dim: int, bounds: tuple[int, ...], group: str | None, rank: int, context: int = 0) -> Piece:

@@ -1,8 +1,9 @@
-"""Ranks as threads of the test's own process, with collectives that work."""
+"""Ranks as threads of the test's own process, and as processes of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -34,3 +35,17 @@ def on_threads(world: int, run: Callable[[int], Any]) -> list[Any]:
         multi_threaded_pg.ProcessLocalGroup.reset()
         multi_threaded_pg._uninstall_threaded_pg()
         torch._C._distributed_c10d._set_thread_isolation_mode(False)
+
+
+def on_processes(commands: Sequence[Sequence[str]], seconds: float) -> None:
+    """Start one process a rank and see that each ends well within so many seconds; what a failing one said is shown."""
+    ranks = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for command in commands
+    ]
+    try:
+        for rank in ranks:
+            said, _ = rank.communicate(timeout=seconds)
+            assert rank.returncode == 0, said
+    finally:
+        for rank in ranks:
+            rank.kill()
