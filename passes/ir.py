@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from pvae.runtime.exchange import exchange, exchanged_like
 from pvae.runtime.fetch import fetch, fetched_like
 from pvae.runtime.torch_compat import FakeTensor, FakeTensorMode, enable_python_dispatcher, statically_known_true
 
@@ -131,6 +132,8 @@ def derive(node: Node) -> Any:
     assert callable(node.target)
     if node.target is fetch:
         return fetched_like(*args, **kwargs)
+    if node.target is exchange:
+        return exchanged_like(*args, **kwargs)
     with torch.no_grad():
         if mode is None:
             return node.target(*args, **kwargs)

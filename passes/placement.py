@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import gcd, prod
 
 Interval = tuple[int, int]
@@ -52,12 +52,17 @@ class Factor:
 
     Rank r of the axis owns `[bounds[r], bounds[r + 1])` and holds that and `context[r]` = (front, back) rows around it
     (patch form; no context where every rank holds what it owns).
+
+    With `parts` it is a concatenation of segments, each cut by itself at the bounds that are there (text and image tokens
+    of one sequence). Rank r holds its piece of every segment, in order, and `bounds` count positions in the order in which
+    they are held: those of rank 0, then those of rank 1, ...
     """
 
     size: int
     axis: int | None = None
     bounds: Bounds = ()
     context: tuple[tuple[int, int], ...] = ()
+    parts: tuple[Bounds, ...] = ()
 
     @property
     def spans(self) -> tuple[Interval, ...]:
@@ -66,6 +71,23 @@ class Factor:
         around = self.context or ((0, 0),) * len(own)
         return tuple((lo - front, hi + back) for (lo, hi), (front, back) in zip(own, around, strict=True))
 
+    def pieces(self, rank: int) -> list[Interval]:
+        """The stretches of the dimension that a rank of the axis holds, in the order in which it does."""
+        if not self.parts:
+            return [self.spans[rank]]
+        starts = accumulate((part[-1] for part in self.parts), initial=0)
+        return [(at + part[rank], at + part[rank + 1]) for at, part in zip(starts, self.parts, strict=False)]
+
+    @property
+    def in_order(self) -> list[Interval]:
+        """Where the dimension's stretches are held, one after the other, if what all ranks hold is laid end to end."""
+        found, taken = [], list(self.bounds)
+        for part in self.parts or (self.bounds,):
+            for rank, (lo, hi) in enumerate(pairwise(part)):
+                found.append((taken[rank], taken[rank] + hi - lo))
+                taken[rank] += hi - lo
+        return found
+
     def times(self, k: int) -> Factor:
         """This factor with every position standing for `k`."""
         return Factor(
@@ -73,15 +95,17 @@ class Factor:
             self.axis,
             tuple(b * k for b in self.bounds),
             tuple((front * k, back * k) for front, back in self.context),
+            tuple(tuple(b * k for b in part) for part in self.parts),
         )
 
     def over(self, k: int) -> Factor | None:
         """The factor of which this is `k` times, or None if bounds fall between."""
-        parts = (self.size, *self.bounds, *(c for pair in self.context for c in pair))
-        if any(p % k for p in parts):
+        numbers = (self.size, *self.bounds, *(n for group in (*self.context, *self.parts) for n in group))
+        if any(n % k for n in numbers):
             return None
         context = tuple((front // k, back // k) for front, back in self.context)
-        return Factor(self.size // k, self.axis, tuple(b // k for b in self.bounds), context)
+        parts = tuple(tuple(b // k for b in part) for part in self.parts)
+        return Factor(self.size // k, self.axis, tuple(b // k for b in self.bounds), context, parts)
 
     def held(self, coordinates: Sequence[int]) -> int:
         """How many positions the rank at these mesh coordinates holds."""
@@ -89,6 +113,13 @@ class Factor:
             return self.size
         lo, hi = self.spans[coordinates[self.axis]]
         return hi - lo
+
+
+def concatenated(factors: Sequence[Factor]) -> Factor:
+    """The concatenation of dimensions that are split over one axis, of which every rank holds its pieces: nothing moves."""
+    parts = tuple(part for f in factors for part in f.parts or (f.bounds,))
+    bounds = tuple(map(sum, zip(*parts, strict=True)))
+    return Factor(bounds[-1], factors[0].axis, bounds, parts=parts if len(parts) > 1 else ())
 
 
 def spanning(size: int, axis: int, bounds: Bounds, spans: Sequence[Interval]) -> Factor:
@@ -151,7 +182,12 @@ class Placement:
         return any(f.axis is not None for f in self.dims[dim])
 
     def one(self, dim: int) -> Factor | None:
-        """The split factor that is the whole of dimension `dim`; None where it is not split so simply."""
+        """The split factor that is the whole of dimension `dim`, in one segment; None where it is not split so simply."""
+        factor = self.segments(dim)
+        return factor if factor is not None and not factor.parts else None
+
+    def segments(self, dim: int) -> Factor | None:
+        """The split factor that is the whole of dimension `dim`, of one segment or more."""
         factors = self.dims[dim]
         return factors[0] if len(factors) == 1 and factors[0].axis is not None else None
 

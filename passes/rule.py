@@ -64,7 +64,9 @@ class Context:
     """What passes may know besides the graph: the options, which inputs are weights, which outputs may be re-strided.
 
     For sharding also this rank's place in the mesh, and which inputs arrive as pieces (`held`, by placeholder). A pass
-    that leaves outputs as pieces says so in `left`, by output.
+    that leaves outputs as pieces says so in `left`, by output. `arguments` are the names that the model's own forward has
+    for its inputs, by placeholder: `hidden_states`, and `caches_0` or `kwargs_mask` for what is in a list or dict. `world` are
+    all ranks in a line, whatever the mesh is: those among whom a main-rank region's results travel.
     """
 
     options: Any
@@ -74,6 +76,8 @@ class Context:
     mesh: Mesh | None = None
     held: Mapping[str, tuple[Piece, ...]] = field(default_factory=dict)
     left: dict[int, tuple[Piece, ...]] = field(default_factory=dict)
+    arguments: Mapping[str, str] = field(default_factory=dict)
+    world: Mesh | None = None
 
 
 @dataclass

@@ -1,12 +1,14 @@
-"""Shards a graph over a mesh: the picture plane is split over ranks, and `fetch` moves what an op reads beyond its piece.
+"""Shards a graph over a mesh: the picture plane or the tokens are split over ranks, and what an op reads beyond its piece
+is fetched.
 
 This is one algebra (DESIGN section 4): `placement.py` says where values lie, `sharder.py` walks the graph, the rules of ops
-are in `shard_views.py`, `shard_windows.py` and `shard_sums.py`. This file decides what is split at the start and what is
-gathered at the end.
+are in `shard_views.py`, `shard_windows.py`, `shard_sums.py`, `shard_attention.py` and `shard_index.py`. This file decides
+what is split at the start and what is gathered at the end.
 
-    halo   exact: what lies beyond a piece is fetched where an op reads it
-    patch  approximate: each rank gets its piece of the inputs with some context around it, computes that as if it were
-           the whole picture, and crops
+    halo      exact: what lies beyond a piece is fetched where an op reads it
+    patch     approximate: each rank gets its piece of the inputs with some context around it, computes that as if it were
+              the whole picture, and crops
+    sequence  exact: the tokens of a diffusion transformer (`sequence.py`)
 """
 
 from __future__ import annotations
@@ -19,22 +21,22 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from pvae.passes import shard_sums, shard_views, shard_windows  # their rules register themselves
+from pvae.passes import shard_attention, shard_index, shard_sums, shard_views, shard_windows
+from pvae.passes.demand_order import in_demand_order
 from pvae.passes.ir import Builder, is_tensor, output_node, placeholders, static, value
+from pvae.passes.machine import machine_named
 from pvae.passes.placement import Bounds, Factor, Placement, even, spanning
 from pvae.passes.rule import Context, Pass, Record, Report
-from pvae.passes.sharder import Sharder
+from pvae.passes.sequence import NO_TOKENS, check_static, token_cuts
+from pvae.passes.sharder import Sharder, ShardError
+from pvae.runtime.exchange import exchange
 from pvae.runtime.fetch import fetch
 from pvae.runtime.fetch_plan import fetch_plan
 from pvae.runtime.mesh import Mesh
 from pvae.runtime.sharded_tensor import Piece
 
-RULES = (shard_views, shard_windows, shard_sums)
+RULES = (shard_views, shard_windows, shard_sums, shard_attention, shard_index)  # they register themselves
 NO_PICTURE = "no input is a picture [N, C, H, W] or [N, C, T, H, W]"
-
-
-class ShardError(ValueError):
-    """A graph that cannot be sharded as asked; the message says what would work."""
 
 
 def spatial_inputs(graph: Graph, weights: frozenset[str]) -> list[Node]:
@@ -76,17 +78,42 @@ def shard_graph(graph: Graph, context: Context, report: Report) -> None:
     if max(mesh.shape) == 1:
         report.refusals.append(Record("shard", "mesh", "", "a world of one rank"))
         return
-    if options.shard not in ("halo", "patch"):  # auto is decided before the pipeline runs
-        raise ShardError(f"shard={options.shard!r} is not a form of a graph; the forms are halo and patch")
-    sharder = Sharder(graph, mesh, report, patch=options.shard == "patch")
-    planes = spatial_inputs(graph, context.weights)
-    plane_dims = {"h": (-2,), "w": (-1,), "hw": (-2, -1)}[shard_dims(options.shard_dims, mesh)]
-    if not planes and not context.held:
-        report.refusals.append(Record("shard", "inputs", "", NO_PICTURE))
+    forms = {"halo": _picture_cuts, "patch": _picture_cuts, "sequence": token_cuts}
+    if options.shard not in forms:  # auto is decided before the pipeline runs
+        raise ShardError(f"shard={options.shard!r} is not a form of a graph; the forms are {', '.join(forms)}")
+    sequence = options.shard == "sequence"
+    machine = machine_named(options.machine)
+    sharder = Sharder(graph, mesh, report, patch=options.shard == "patch", sequence=sequence, machine=machine)
+    if sequence:
+        check_static(graph)
+    cuts = forms[options.shard](graph, sharder, context)
+    if not cuts and not context.held:
+        report.refusals.append(Record("shard", "inputs", "", NO_TOKENS if sequence else NO_PICTURE))
         return
+    for node, placement in cuts.items():
+        _cut(sharder, node, placement)
+    for node in placeholders(graph):
+        if node.name in context.held:
+            _enter(sharder, node, context.held[node.name])
+    if not sharder.placed:
+        return
+    sharder.run()
+    _leave(sharder, context)
+    if sequence:
+        in_demand_order(graph)
+
+
+def _picture_cuts(graph: Graph, sharder: Sharder, context: Context) -> dict[Node, Placement]:
+    """The pictures among the inputs, split along rows, columns or both."""
+    mesh, options = sharder.mesh, context.options
+    planes = spatial_inputs(graph, context.weights)
+    if not planes:
+        return {}
+    plane_dims = {"h": (-2,), "w": (-1,), "hw": (-2, -1)}[shard_dims(options.shard_dims, mesh)]
     ranks = dict(zip(plane_dims, mesh.shape, strict=True))
-    strides = {d: _stride(graph, planes[0], d) for d in plane_dims} if planes else {}
+    strides = {d: _stride(graph, planes[0], d) for d in plane_dims}
     first = {d: even(value(planes[0]).shape[d], ranks[d], strides[d]) for d in strides}
+    cuts = {}
     for node in planes:
         if node.name in context.held:
             continue
@@ -102,14 +129,8 @@ def shard_graph(graph: Graph, context: Context, report: Report) -> None:
                 stride = max(1, int(strides[dim] * scale))
                 factor = _with_context(size, axis, bounds, options.patch_context * stride, stride)
             placement = placement.with_dim(len(placement.dims) + dim, [factor])
-        _cut_input(sharder, node, placement)
-    for node in placeholders(graph):
-        if node.name in context.held:
-            _enter(sharder, node, context.held[node.name])
-    if not sharder.placed:
-        return
-    sharder.run()
-    _leave(sharder, context)
+        cuts[node] = placement
+    return cuts
 
 
 def shard_dims(choice: str, mesh: Mesh) -> str:
@@ -122,10 +143,11 @@ def shard_dims(choice: str, mesh: Mesh) -> str:
     return name
 
 
-def _cut_input(sharder: Sharder, node: Node, placement: Placement) -> None:
-    """This rank's piece of an input that every rank has whole."""
-    users = list(node.users)
-    anchor = next(n for n in node.graph.nodes if n.op != "placeholder")
+def _cut(sharder: Sharder, node: Node, placement: Placement) -> None:
+    """This rank's piece of a value that every rank has whole."""
+    users, anchor = list(node.users), node.next
+    while anchor.op == "placeholder":
+        anchor = anchor.next
     sharder.build = Builder(anchor)
     cut = node
     for dim in range(placement.ndim):
@@ -192,14 +214,17 @@ def collectives(graph: Graph) -> Iterator[str]:
             x, dim, have, need, _, fill, *rest = node.args
             if len(need) > 1 and fetch_plan(tuple(have), tuple(need), fill).kind != "local":
                 yield f"fetch {value(x).dtype} dim {dim} of {have}: {need} {fill} {rest[1:]}"
+        elif node.target is exchange:
+            xs, have, need, *_ = node.args
+            yield f"exchange {[value(x).dtype for x in xs]} of {have}: {need}"
 
 
 SHARD = Pass(
     name="shard",
-    summary="split the picture plane over ranks; fetch halos, moments and keys where an op reads beyond its piece",
+    summary="split the picture plane or the tokens over ranks; fetch what an op reads beyond its piece",
     rules=lambda context, settings: [],
     before=shard_graph,
-    exact="only rounding can differ (halo); approximate (patch)",
+    exact="only rounding can differ (halo, sequence); approximate (patch)",
 )
 
 __all__ = ["SHARD", "ShardError", "collectives", "shard_dims", "shard_graph"]

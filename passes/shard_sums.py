@@ -1,4 +1,4 @@
-"""Sharding rules of ops that sum over dimensions: norms, reductions, matrix products, attention.
+"""Sharding rules of ops that sum over dimensions: norms, reductions, matrix products.
 
 Where the summed dimension is split, ranks exchange partial results (means and variances, sums), which are small.
 """
@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.fx.node import map_arg
 
 from pvae.passes.ir import aten, value
-from pvae.passes.placement import Dim, Factor, Placement
+from pvae.passes.placement import Factor, Placement
 from pvae.passes.sharder import ComputeWhole, Sharder, argument, integer, integers, rule, tensor
 from pvae.runtime.fetch import fetch
 
@@ -275,7 +274,7 @@ def matrix_product(s: Sharder, node: Node) -> Node:
     return s.place(_cast(s, total(s, product, axes), value(node).dtype), placement)
 
 
-@rule(aten.baddbmm.default)
+@rule(aten.baddbmm.default, aten.addmm.default)
 def product_plus(s: Sharder, node: Node) -> Node:
     """beta * input + alpha * (a @ b)"""
     added, a, b = tensor(node), tensor(node, 1), tensor(node, 2)
@@ -320,34 +319,3 @@ def _multiplied(s: Sharder, node: Node, a: Node, b: Node) -> tuple[Node, list[in
         a, b = _cast(s, a, torch.float32), _cast(s, b, torch.float32)
     product = s.build(aten.matmul.default, a, b)
     return s.place(product, Placement((*batch.dims, rows, columns))), axes
-
-
-@rule(aten.scaled_dot_product_attention.default)
-def attention(s: Sharder, node: Node) -> Node:
-    """Queries stay where they are; keys and values are gathered, heads and batch alike."""
-    q, k, v = (tensor(node, i) for i in range(3))
-    mask, causal = argument(node, 3, "attn_mask"), bool(argument(node, 5, "is_causal", False))
-    ndim = s[q].ndim
-    if s.patch:
-        placement = s[q].with_dim(ndim - 1, [Factor(s[v].shape[-1])])
-        return s.again(node, placement)
-    if causal and s[q].splits(ndim - 2):
-        raise ComputeWhole("causal attention over a split token dimension")
-    batch = next((s[x].dims[:-2] for x in (q, k, v) if Placement(s[x].dims[:-2]).axes), s[q].dims[:-2])
-    axes = Placement(batch).axes
-    if axes and len({s[x].shape[:-2] for x in (q, k, v)}) > 1:
-        raise ComputeWhole("heads or batch are split and differ between queries and keys")
-    tokens = s[q].dims[-2]
-    if axes & {f.axis for f in tokens}:
-        tokens = (Factor(s[q].shape[-2]),)
-
-    def operand(x: Node, rows: Dim) -> Node:
-        outer = batch if s[x].shape[:-2] == s[q].shape[:-2] else s[x].dims[:-2]
-        return s.conform(x, Placement((*outer, rows, (Factor(s[x].shape[-1]),))))
-
-    keys = (Factor(s[k].shape[-2]),)
-    moved = operand(q, tokens), operand(k, keys), operand(v, keys)  # not by `again`: all three may be one node
-    swap = {mask: s.conform(mask, Placement((*batch, tokens, keys)))} if isinstance(mask, Node) else {}
-    args, kwargs = map_arg((node.args[3:], node.kwargs), lambda n: swap.get(n, n))
-    placement = Placement((*batch, tokens, (Factor(s[v].shape[-1]),)))
-    return s.emit(placement, aten.scaled_dot_product_attention.default, *moved, *args, **kwargs)

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from pvae.passes.index_map import Flip, IndexMap, cat_bounds, cat_needs, follow, locals_of, slicing
 from pvae.passes.ir import aten, is_tensor, value
-from pvae.passes.placement import Dim, Factor, Misfit, Placement, rounded
+from pvae.passes.placement import Dim, Factor, Misfit, Placement, concatenated, even, rounded
 from pvae.passes.sharder import POINTWISE, ComputeWhole, Sharder, argument, integer, integers, rule, tensor, tensors
 
 RESHAPES = (
@@ -81,7 +81,7 @@ def reshaped(s: Sharder, x: Node, shape: Sequence[int]) -> Node:
             placement = s[x].reshaped(shape)
         except Misfit as misfit:
             dim, factor = next((d, f) for d, dim in enumerate(s[x].dims) for f in dim if f.axis == misfit.axis)
-            if misfit.multiple is not None and not factor.context:
+            if misfit.multiple is not None and not factor.context and not factor.parts:
                 bounds = rounded(factor.bounds, misfit.multiple)
                 x = s.rebound(x, dim, Factor(factor.size, factor.axis, bounds))
             else:
@@ -148,6 +148,9 @@ def sliced(s: Sharder, x: Node, dim: int, start: int, stop: int, step: int) -> N
     factor = s[x].one(dim)
     if factor is not None:
         return along(s, x, dim, slicing(factor.size, start, stop, step), step)
+    segments = s[x].segments(dim)
+    if segments is not None and step == 1:
+        return _of_segments(s, x, dim, segments, start, stop)
     outer, *inner = s[x].dims[dim]
     each = prod(f.size for f in inner)
     if outer.axis is None and step == 1 and start % each == 0 and stop % each == 0:  # some of the whole outer rows
@@ -158,6 +161,23 @@ def sliced(s: Sharder, x: Node, dim: int, start: int, stop: int, step: int) -> N
     x = s.whole(x, [dim])
     placement = s[x].with_dim(dim, [Factor(len(range(start, stop, step)))])
     return s.emit(placement, aten.slice.Tensor, x, dim, start, stop, step)
+
+
+def _of_segments(s: Sharder, x: Node, dim: int, factor: Factor, start: int, stop: int) -> Node:
+    """What every rank holds of `[start, stop)` of a dimension of several segments: nothing moves."""
+    rank, at, held = s.rank(factor), 0, 0
+    kept: list[Factor] = []
+    rows: list[tuple[int, int]] = []
+    for part in factor.parts:
+        lo, hi = (min(max(edge - at, 0), part[-1]) for edge in (start, stop))
+        if lo < hi:
+            bounds = tuple(min(max(b, lo), hi) - lo for b in part)
+            kept.append(Factor(hi - lo, factor.axis, bounds))
+            first = held + max(lo - part[rank], 0)
+            rows.append((first, first + bounds[rank + 1] - bounds[rank]))
+        at, held = at + part[-1], held + part[rank + 1] - part[rank]
+    new = concatenated(kept) if kept else Factor(0)
+    return s.place(s.pick(x, dim, rows), s[x].with_dim(dim, [new]))
 
 
 def along(s: Sharder, x: Node, dim: int, op: IndexMap, step: int = 1) -> Node:
@@ -199,6 +219,12 @@ def cat(s: Sharder, node: Node) -> Node:
     if not split:
         placement = s[parts[0]].with_dim(dim, [Factor(sum(sizes))])
         return s.emit(placement, aten.cat.default, parts, dim)
+    axis = {f.axis for x in split for f in s[x].dims[dim]}
+    if s.sequence and len(axis) == 1 and all(s[x].segments(dim) for x in split):  # its own pieces of all: nothing moves
+        (one_axis,) = axis
+        parts = [x if x in split else _evenly(s, x, dim, one_axis) for x in parts]
+        factor = concatenated([s[x].dims[dim][0] for x in parts])
+        return s.emit(s[parts[0]].with_dim(dim, [factor]), aten.cat.default, parts, dim)
     tail = _common_tail(s, parts, dim)
     if tail is not None:  # such as frames of tokens, each split alike
         outer = sum(sizes) // prod(f.size for f in tail)
@@ -220,6 +246,12 @@ def cat(s: Sharder, node: Node) -> Node:
         got.append(s.move(x, dim, f, [need[i] for need in needs]))
     placement = s[parts[0]].with_dim(dim, [Factor(bounds[-1], axis, bounds)])
     return s.emit(placement, aten.cat.default, got, dim)
+
+
+def _evenly(s: Sharder, x: Node, dim: int, axis: int | None) -> Node:
+    assert axis is not None
+    size = s[x].shape[dim]
+    return s.rebound(x, dim, Factor(size, axis, even(size, s.mesh.shape[axis])))
 
 
 def _common_tail(s: Sharder, parts: Sequence[Node], dim: int) -> Dim | None:

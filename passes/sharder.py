@@ -18,6 +18,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from pvae.passes.ir import Builder, aten, source_line, value
+from pvae.passes.machine import Machine, machine_named
 from pvae.passes.placement import Dim, Factor, Interval, Placement, clip
 from pvae.passes.rule import Record, Report
 from pvae.runtime.fetch import fetch
@@ -26,6 +27,10 @@ from pvae.runtime.mesh import Mesh
 
 Rule = Callable[["Sharder", Node], Node]
 RULES: dict[Any, Rule] = {}  # by op; filled by the modules that hold the rules
+
+
+class ShardError(ValueError):
+    """A graph that cannot be sharded as asked; the message says what would work."""
 
 
 class ComputeWhole(Exception):
@@ -50,6 +55,8 @@ class Sharder:
     mesh: Mesh
     report: Report
     patch: bool = False
+    sequence: bool = False
+    machine: Machine = field(default_factory=lambda: machine_named("h200"))
     placed: dict[Node, Placement] = field(default_factory=dict)
     build: Builder = field(init=False)
     left_to: dict[Node, Any] = field(default_factory=dict)  # the pads that convolutions do themselves (`PadBefore`)
@@ -86,6 +93,17 @@ class Sharder:
             return x
         return self.build(aten.slice.Tensor, x, dim, rows[0], value(x).shape[dim] - rows[1])
 
+    def pick(self, x: Node, dim: int, rows: Sequence[Interval]) -> Node:
+        """These stretches of local rows, one after the other. Not placed; never `x` itself, which lies elsewhere."""
+        joined: list[Interval] = []
+        for lo, hi in rows:
+            if joined and joined[-1][1] == lo:
+                joined[-1] = (joined[-1][0], hi)
+            elif lo < hi:
+                joined.append((lo, hi))
+        found = [self.build(aten.slice.Tensor, x, dim, *interval) for interval in joined or [(0, 0)]]
+        return found[0] if len(found) == 1 else self.build(aten.cat.default, found, dim)
+
     def reshape(self, x: Node, shape: Sequence[int]) -> Node:
         """To a local shape. Not placed."""
         return x if tuple(value(x).shape) == tuple(shape) else self.build(aten.reshape.default, x, list(shape))
@@ -109,7 +127,7 @@ class Sharder:
         """Rows `need[r]` of a factor of dimension `dim`, the rest of `x` as it is. Not placed.
 
         `factor` is one of the dimension's, or a whole one that is to be cut for the ranks of `factor.axis`. `factors` are
-        the dimension's, for an `x` that is not placed itself.
+        the dimension's, for an `x` that is not placed itself. A factor of several segments is fetched whole, or cut.
         """
         factors = self[x].dims[dim] if factors is None else factors
         at = next((i for i, f in enumerate(factors) if f.axis == factor.axis), None)
@@ -131,6 +149,11 @@ class Sharder:
         at: int | None,
     ) -> Node:
         rank = self.rank(factor)
+        everything = need == ((0, factor.size),) * len(need)
+        if factor.parts and need != factor.spans and not everything:
+            raise AssertionError(f"rows {need} of a dimension of several segments")
+        if at is None and factor.parts:
+            return self.pick(x, dim, factor.pieces(rank))
         if at is None:  # every rank has it all
             inside, around = clip(need[rank], factor.size)
             if not any(around):
@@ -149,6 +172,8 @@ class Sharder:
             each = value(apart).numel() // max(local[at], 1) * value(apart).element_size()
             self.exchanged(plan.kind, got, f"{plan.kind} of dimension {dim}", sent * each)
         local[at] = need[rank][1] - need[rank][0]
+        if factor.parts:
+            got = self.pick(got, dim + at, factor.in_order)
         return self.reshape(got, [*shape[:dim], prod(local), *shape[dim + 1 :]]) if len(factors) > 1 else got
 
     def exchanged(self, kind: str, got: Node, what: str, size: int) -> None:
@@ -171,7 +196,11 @@ class Sharder:
     def rebound(self, x: Node, dim: int, factor: Factor) -> Node:
         """`x` with what `factor.axis` splits of dimension `dim` cut as `factor` says."""
         assert factor.axis is not None
-        moved = self.move(x, dim, self._current(x, dim, factor), factor.spans)
+        now = self._current(x, dim, factor)
+        if now != factor and (now.parts or factor.parts):
+            x = self.whole(x, [dim], [factor.axis])
+            now = factor
+        moved = self.move(x, dim, now, factor.spans)
         dims = [factor if f.axis == factor.axis else f for f in self[x].dims[dim]]
         if self[x].dims[dim] == (Factor(factor.size),):
             dims = [factor]
@@ -181,11 +210,13 @@ class Sharder:
         return next((f for f in self[x].dims[dim] if f.axis == factor.axis), factor)
 
     def conform(self, x: Node, target: Placement) -> Node:
-        """`x` placed as `target` says, the dimensions aligned from the last; those of size 1 stay (they broadcast)."""
+        """`x` placed as `target` says, the dimensions aligned from the last; those of size 1 are whole (they broadcast)."""
         offset = target.ndim - self[x].ndim
         for dim in range(self[x].ndim):
             if self[x].shape[dim] != 1 or target.shape[dim + offset] == 1:
                 x = self.recut(x, dim, target.dims[dim + offset])
+            else:
+                x = self.whole(x, [dim])
         return x
 
     def recut(self, x: Node, dim: int, target: Dim) -> Node:
@@ -206,7 +237,7 @@ class Sharder:
         apart = self.reshape(x, [*before[:dim], *(f.size for f in target), *before[dim + 1 :]])
         for i, f in enumerate(target):
             if f.axis is not None:
-                apart = self.build(aten.slice.Tensor, apart, dim + i, *f.spans[self.rank(f)])
+                apart = self.pick(apart, dim + i, f.pieces(self.rank(f)))
         held = prod([f.held(self.mesh.coordinates) for f in target])
         return self.place(self.reshape(apart, [*before[:dim], held, *before[dim + 1 :]]), self[x].with_dim(dim, target))
 
@@ -214,11 +245,17 @@ class Sharder:
 
     def run(self) -> None:
         """Give every node that depends on a split value its local form."""
+        cuts = set(self.placed)
         for node in list(self.graph.nodes):
             operands = [n for n in node.all_input_nodes if n in self.placed]
-            if node.op != "call_function" or not operands or node in self.placed:
+            if node.op != "call_function" or not operands:
                 continue
             self.build = Builder(node)
+            if node in cuts:  # of a value that every rank was to have whole
+                for x in operands:
+                    if x not in cuts:
+                        node.replace_input_with(x, self.whole(x))
+                continue
             found = RULES.get(node.target) or (RULES[POINTWISE] if is_pointwise(node) else None)
             try:
                 if found is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from types import CodeType
 from typing import Any
@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import (
     GuardOnDataDependentSymNode,
     ShapeEnv,
@@ -35,6 +35,7 @@ __all__ = [
     "CustomGraphPass",
     "FakeTensor",
     "FakeTensorMode",
+    "argument_path",
     "autocast_enabled",
     "compile_fx",
     "conv_backend",
@@ -44,13 +45,18 @@ __all__ = [
     "enable_python_dispatcher",
     "free_unbacked_symbols",
     "functional_graph",
+    "group_devices",
     "inductor_cache_dir",
     "inductor_settings",
     "is_compiling",
     "new_fake_mode",
+    "noting",
+    "process_group",
     "side_effect_outputs",
     "static_fake",
     "statically_known_true",
+    "traced_locals",
+    "tracing_by_running",
     "wrapper_tensor",
 ]
 
@@ -63,6 +69,24 @@ autocast_enabled = torch._C._is_any_autocast_enabled
 def default_store() -> torch.distributed.Store:
     """The default group's store, by a connection of our own: a client that waits blocks all who share it."""
     return torch.distributed.distributed_c10d._get_default_store().clone()
+
+
+def process_group(name: str) -> torch.distributed.ProcessGroup:
+    """The process group of that name, as functional collectives take it."""
+    return torch.distributed.distributed_c10d._resolve_process_group(name)
+
+
+def group_devices(group: torch.distributed.ProcessGroup) -> list[str]:
+    """The types of device whose tensors the group can move."""
+    return [device.type for device in group._device_types]
+
+
+def tracing_by_running() -> bool:
+    """Whether `make_fx` traces what runs now (pvae.compile does, and torch.export)."""
+    return get_proxy_mode() is not None
+
+
+noting = fx_traceback.annotate  # `with noting({...})`: nodes traced inside have it in meta["custom"]; Dynamo knows it
 
 
 def inductor_settings() -> str:
@@ -126,6 +150,30 @@ def current_frame() -> tuple[CodeType | None, int | None]:
     return (code[0] if code else None), (compile_id.frame_compile_id if compile_id else None)
 
 
+def traced_locals() -> Mapping[str, Any]:
+    """Within a Dynamo backend: the local variables with which the traced function was called; else none."""
+    from torch._dynamo.symbolic_convert import tls  # slow to import
+
+    tx = getattr(tls, "current_tx", None)
+    return {} if tx is None else tx.f_locals
+
+
+def argument_path(placeholder: torch.fx.Node) -> tuple[Any, ...] | None:
+    """Where a placeholder of Dynamo's graph was among the arguments: the parameter, then the indexes and keys down to it.
+
+    `("caches", 0)`. None for what is no argument or item of one: weights, attributes, sizes.
+    """
+    from torch._dynamo.source import ChainedSource, DictGetItemSource, GetItemSource, LocalSource  # slow to import
+
+    source, keys = getattr(placeholder, "_dynamo_source", None), []
+    while isinstance(source, ChainedSource):
+        if not isinstance(source, (DictGetItemSource, GetItemSource)):
+            return None
+        keys.append(source.index)
+        source = source.base
+    return (source.local_name, *reversed(keys)) if isinstance(source, LocalSource) and source.is_input else None
+
+
 def functional_graph(
     run: Callable[..., list[Any]], inputs: Sequence[Any], *, stack_traces: bool
 ) -> tuple[torch.fx.GraphModule, list[int]]:
@@ -171,10 +219,12 @@ def compile_fx(
     """
     from torch._inductor.compile_fx import compile_fx as inductor  # slow to import, and not needed by engine="eager"
 
+    read = {node.target for node in graph_module.graph.nodes if node.op == "get_attr"}
+    for name in [name for name, _ in graph_module.named_buffers() if name not in read]:
+        delattr(graph_module, name)  # AOTAutograd would take it for an input
     with tracing(TracingContext(fake_mode)) if fake_mode is not None else nullcontext():
         compiled = inductor(graph_module, inputs, config_patches=config_patches)
-    constants = any(node.op == "get_attr" for node in graph_module.graph.nodes)
-    taking_a_list = None if constants else _taking_a_list(compiled)
+    taking_a_list = None if read else _taking_a_list(compiled)
     return (lambda inputs: compiled(*inputs)) if taking_a_list is None else taking_a_list
 
 

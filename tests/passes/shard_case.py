@@ -71,7 +71,7 @@ def shard(
 
     All ranks' graphs are checked to ask for the same collectives.
     """
-    parsed = parse_options({"shard": "halo", **options}, {})
+    parsed = parse_options({"shard": "halo", "mesh": mesh if len(mesh) > 1 else None, **options}, {})
     pipeline = parsed.pipeline if passes is None else Pipeline.parse(passes)
     found = Sharded([], [], [])
     for rank, place in enumerate(all_meshes(mesh)):

@@ -12,7 +12,19 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pvae.passes.placement import Bounds, Dim, Factor, Misfit, Placement, canonical, clip, even, rounded, spanning
+from pvae.passes.placement import (
+    Bounds,
+    Dim,
+    Factor,
+    Misfit,
+    Placement,
+    canonical,
+    clip,
+    concatenated,
+    even,
+    rounded,
+    spanning,
+)
 
 MESH = (3, 2)
 COORDINATES = list(product(*map(range, MESH)))
@@ -286,3 +298,33 @@ def test_tokens_of_frames_and_back() -> None:
     tokens = x.reshaped((2, 60, 6))
     assert tokens.dims[1] == (Factor(3), Factor(20, 0, (0, 5, 10, 20)))
     assert tokens.reshaped((6, 20, 6)).dims[0] == (Factor(6),) and tokens.reshaped(x.shape) == x
+
+
+def segmented() -> Factor:
+    text, image = Factor(3, 0, (0, 1, 2, 3)), Factor(7, 0, (0, 3, 5, 7))
+    return concatenated([text, image])
+
+
+def test_a_concatenation_of_split_dimensions_leaves_every_rank_its_pieces() -> None:
+    both = segmented()
+    assert both == Factor(10, 0, (0, 4, 7, 10), parts=((0, 1, 2, 3), (0, 3, 5, 7)))
+    assert [both.pieces(r) for r in range(3)] == [[(0, 1), (3, 6)], [(1, 2), (6, 8)], [(2, 3), (8, 10)]]
+    held = [i for r in range(3) for lo, hi in both.pieces(r) for i in range(lo, hi)]
+    assert sorted(held) == list(range(10))
+    assert [held[i] for lo, hi in both.in_order for i in range(lo, hi)] == list(range(10))
+    again = concatenated([both, Factor(3, 0, (0, 1, 2, 3))])
+    assert again.parts == (*both.parts, (0, 1, 2, 3)) and again.size == 13
+    assert concatenated([Factor(3, 0, (0, 1, 2, 3))]) == Factor(3, 0, (0, 1, 2, 3))
+
+
+def test_segments_scale_and_are_no_single_split() -> None:
+    both = segmented()
+    assert both.times(2).over(2) == both and both.times(2).pieces(1) == [(2, 4), (12, 16)]
+    assert both.times(2).over(4) is None  # the parts' bounds fall between
+    placement = Placement.whole((2, 10)).with_dim(1, [both])
+    assert placement.one(1) is None and placement.segments(1) == both
+    assert placement.local((2,)) == (2, 3)
+    heads = placement.reshaped((2, 10, 1))
+    assert heads.segments(1) == both
+    with pytest.raises(Misfit):
+        placement.reshaped((2, 5, 2))

@@ -65,7 +65,7 @@ def test_what_does_not_fit_the_mesh_says_so() -> None:
         shard(lambda x: x + 1, x_of(), shard_dims="hw")
     with pytest.raises(ShardError, match="splits 1 dimensions, the mesh \\(2, 2\\) has 2 axes"):
         shard(lambda x: x + 1, x_of(), mesh=(2, 2), shard_dims="w")
-    with pytest.raises(ShardError, match="the forms are halo and patch"):
+    with pytest.raises(ShardError, match="the forms are halo, patch, sequence"):
         shard(lambda x: x + 1, x_of(), shard="auto")
 
 

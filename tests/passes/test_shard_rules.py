@@ -373,7 +373,7 @@ WHOLE: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], str, str]] = {
     "everything": (lambda x: torch.var(x), (), "var.correction", "it reduces everything"),
     "vector": (lambda x, v: x @ v, (VECTOR,), "matmul.default", "an operand is a vector"),
     "causal": (
-        lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True),
+        lambda x: F.scaled_dot_product_attention(x[0], x[0], x[0], is_causal=True),
         (),
         "scaled_dot_product_attention.default",
         "causal attention over a split token dimension",

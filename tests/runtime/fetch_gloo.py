@@ -15,6 +15,8 @@ HAVE = (0, 5, 5, 9)  # rank 1 holds nothing
 HALO = ((0, 7), (3, 7), (4, 9))
 ONE_WAY = ((0, 5), (3, 7), (4, 9))  # rank 0 receives nothing
 ALL = ((0, 9),) * 3
+REALS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = (*REALS, torch.int64, torch.uint8, torch.bool, torch.complex64, torch.complex128)
 
 
 def main(rank: int, world: int, store: str) -> None:
@@ -24,8 +26,8 @@ def main(rank: int, world: int, store: str) -> None:
     )
     group = make_mesh().groups[0]
     whole = torch.arange(2 * 3 * 9 * 4).reshape(2, 3, 9, 4)
-    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool):
-        x = whole.to(dtype)
+    for dtype in DTYPES:
+        x = whole.to(dtype) if dtype != torch.bool else whole % 3 == 0
         piece = x[:, :, HAVE[rank] : HAVE[rank + 1]].contiguous(memory_format=torch.channels_last)
         for need in (HALO, ONE_WAY, ALL):
             got = fetch(piece, 2, HAVE, need, rank, "zeros", group, channels_last=True)
@@ -44,6 +46,23 @@ def main(rank: int, world: int, store: str) -> None:
         sent, gathered = both(x[:, :, HAVE[rank] : HAVE[rank + 1]], x[:, :, even[rank] : even[rank + 1]])
     assert torch.equal(sent, x[:, :, slice(*ONE_WAY[rank])] * 2 + 1)
     assert torch.equal(gathered, x * 2 + 1)
+
+    # A rotary table and a mask, as Inductor has them
+    table = torch.polar(torch.ones(9, 4), torch.arange(36.0).reshape(9, 4))
+    mask = torch.arange(9) % 4 > 0
+
+    @torch.compile(fullgraph=True, dynamic=False)
+    def rotated(x: torch.Tensor, table: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        table = fetch(table * table, 0, HAVE, HALO, rank, "zeros", group)
+        mask = fetch(~mask, 0, HAVE, HALO, rank, "zeros", group)
+        return torch.view_as_real(torch.view_as_complex(x) * table).masked_fill(mask[:, None, None], 0)
+
+    mine, ours = slice(HAVE[rank], HAVE[rank + 1]), slice(*HALO[rank])
+    x = torch.randn(9, 4, 2)
+    with torch.no_grad():
+        got = rotated(x[ours], table[mine], mask[mine])
+    expected = torch.view_as_real(torch.view_as_complex(x) * table**2).masked_fill(~mask[:, None, None], 0)
+    torch.testing.assert_close(got, expected[ours])
     dist.barrier()
     dist.destroy_process_group()
 

@@ -30,7 +30,8 @@ def rows_of(whole: torch.Tensor, dim: int, start: int, stop: int, fill: str) -> 
     size, low = whole.shape[dim], max(0, -start)
     mode = "constant" if fill == "zeros" else fill
     last = whole.movedim(dim, -1)
-    padded = pad(last.reshape(1, -1, size).double(), (low, max(0, stop - size)), mode=mode)
+    wide = torch.promote_types(whole.dtype, torch.float64)
+    padded = pad(last.reshape(1, -1, size).to(wide), (low, max(0, stop - size)), mode=mode)
     padded = padded.reshape(*last.shape[:-1], -1).movedim(-1, dim)
     return padded.narrow(dim, start + low, stop - start).to(whole.dtype)
 
@@ -92,6 +93,18 @@ def test_every_rank_and_layout(shape: tuple[int, ...], dim: int, have: Any, need
 )
 def test_dtypes(dtype: torch.dtype) -> None:
     check(torch.randint(0, 2, (2, 9, 3)).to(dtype), 1, *HALO, "circular", False)
+
+
+@pytest.mark.parametrize(("have", "need"), [HALO, ALL, (HALO[0], ((1, 3), (3, 4), (4, 4), (4, 8)))])
+@pytest.mark.parametrize(("shape", "dim"), [((9,), 0), ((2, 9, 3), 1), ((2, 3, 9, 5), 2), ((2, 5, 3, 9), -1)], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+def test_complex(
+    dtype: torch.dtype, channels_last: bool, shape: tuple[int, ...], dim: int, have: Any, need: Any
+) -> None:
+    """Rotary tables; conjugated ones are so only by a flag until they travel."""
+    check(torch.randn(shape, dtype=dtype), dim, have, need, "reflect", channels_last)
+    check(torch.randn(shape, dtype=dtype).conj(), dim, have, need, "zeros", channels_last)
 
 
 def test_where_one_rank_is_all_there_is() -> None:
@@ -177,6 +190,7 @@ def test_make_fx(fake_rank: int, mode: str, have: Any, need: Any, expected: list
     lengths=st.lists(st.integers(0, 4), min_size=4, max_size=4).filter(any),
     fill=st.sampled_from(["zeros", "replicate", "reflect", "circular"]),
     channels_last=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.complex64]),
     data=st.data(),
 )
 def test_the_fake_is_what_fakes_of_it_are(
@@ -186,6 +200,7 @@ def test_the_fake_is_what_fakes_of_it_are(
     lengths: list[int],
     fill: str,
     channels_last: bool,
+    dtype: torch.dtype,
     data: st.DataObject,
 ) -> None:
     """`fetched_like` against `fetch` run on fakes, for pieces of any layout: sizes, strides and dtype."""
@@ -200,7 +215,7 @@ def test_the_fake_is_what_fakes_of_it_are(
             need = tuple((lo, max(lo, hi - 1)) for lo, hi in pairwise(have))
         order = [d for d in order if d < len(shape)]
         with new_fake_mode():
-            x = torch.randn([shape[d] for d in order]).permute([order.index(d) for d in range(len(shape))])
+            x = torch.randn([shape[d] for d in order], dtype=dtype).permute([order.index(d) for d in range(len(shape))])
             found, expected = (f(x, dim, have, need, rank, fill, group, channels_last) for f in (fetched_like, fetch))
         assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
         strides = [[s for s, n in zip(y.stride(), y.shape, strict=True) if n > 1] for y in (found, expected)]
