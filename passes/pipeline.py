@@ -20,6 +20,7 @@ from pvae.passes.conv_dtype import CONV_DTYPE
 from pvae.passes.drop_zero_taps import DROP_ZERO_TAPS
 from pvae.passes.fold_pad import FOLD_PAD
 from pvae.passes.fuse_modulation import FUSE_MODULATION, FUSE_RESIDUAL_GATE
+from pvae.passes.main_rank import INLINE_MAIN_RANK, MAIN_RANK
 from pvae.passes.output_layout import lay_out_outputs
 from pvae.passes.prefix_attention import PREFIX_ATTENTION
 from pvae.passes.rule import Context, Pass, Report
@@ -31,7 +32,9 @@ PASSES: tuple[Pass, ...] = (
     PREFIX_ATTENTION,  # early: what made the mask, thousands of nodes perhaps, is gone for the others
     DROP_ZERO_TAPS,  # before pads are folded or unfolded: it reads them, and what it drops need not be unfolded
     FOLD_PAD,  # before sharding, which then fetches a halo once; a convolution that pads itself has more forms
+    MAIN_RANK,  # before sharding, which must find the same nodes on every rank
     SHARD,  # on ATen's own ops, before any becomes a kernel or takes a form of ours
+    INLINE_MAIN_RANK,  # right after it: the passes that follow are for rank 0's regions too
     FUSE_MODULATION,  # on the norms as written
     FUSE_RESIDUAL_GATE,  # after the norms have taken the residuals before them
     CONV_DTYPE,  # before forms are chosen: they depend on the dtype

@@ -11,6 +11,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from pvae.passes.ir import VIEW_OPS, placeholders
+from pvae.runtime.fetch import fetch
 
 
 def split_weight_work(gm: GraphModule, weights: Collection[str]) -> tuple[GraphModule, list[int]] | None:
@@ -25,6 +26,8 @@ def split_weight_work(gm: GraphModule, weights: Collection[str]) -> tuple[GraphM
     for node in gm.graph.nodes:
         sources = node.all_input_nodes
         if node.op != "call_function" or not sources or not constant.issuperset(sources):
+            continue
+        if node.target is fetch:  # all ranks come to it in every call, for all of whom it may not be weight work
             continue
         if isinstance(node.meta.get("val"), torch.Tensor):
             constant.add(node)

@@ -2,6 +2,7 @@
 
 model = torch.compile(model, backend="pvae", options={...})   # nothing has to be imported for this
 pvae.compile(vae, **options)                                   # in place, one graph for each kind of call
+fn = pvae.main_rank(fn)                                        # rank 0 alone runs it, all ranks have its result
 print(pvae.report(vae))                                        # what each pass did, and what it refused and why
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from pvae.backend import REGISTRY, PvaeError, PvaeWarning, reset
+from pvae.main_rank import main_rank
 from pvae.module import compile, refresh, restore
 from pvae.options import OptionError, Options
 from pvae.passes.pipeline import PipelineError
@@ -25,6 +27,7 @@ __all__ = [
     "PvaeError",
     "PvaeWarning",
     "compile",
+    "main_rank",
     "refresh",
     "report",
     "reset",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import logging
 import time
@@ -20,22 +21,28 @@ from pvae.capture import Capture, capture_graph, tensor_constants
 from pvae.options import OptionError, Options, parse_options
 from pvae.passes import dump
 from pvae.passes.ir import ConvNode, output_node, placeholders
+from pvae.passes.main_rank import MAIN_RANK, has_regions, mark_modules
 from pvae.passes.pipeline import Observer, run_pipeline
 from pvae.passes.prepare_weights import split_weight_work
 from pvae.passes.rule import Context, RewriteCounter
+from pvae.passes.sequence import NO_TOKENS
 from pvae.passes.shard import NO_PICTURE, collectives
 from pvae.passes.shard_choice import Choice
-from pvae.ranks import Ranks, ShardedGraph, ranks_of, world_size
+from pvae.ranks import Ranks, ShardedGraph, all_ranks, ranks_of, stated, world_size
 from pvae.report import GraphReport, Registry
+from pvae.runtime.cuda_graph import CudaGraphed
+from pvae.runtime.exchange import exchange
 from pvae.runtime.frozen_weights import FrozenWeights
 from pvae.runtime.sharded_tensor import ShardedTensor
 from pvae.runtime.torch_compat import compile_fx, current_frame, inductor_settings, side_effect_outputs
 
+WAIT_LATE = "sink_waits_iterative"  # Inductor's name for it
 REGISTRY = Registry()
 _COUNTERS: dict[int | None, RewriteCounter] = {}
 _SHARED: dict[str, tuple[Callable[..., Any], GraphReport]] = {}
 _CHOSEN: dict[CodeType | None, tuple[Options, Choice]] = {}
 _SAID: set[tuple[str, str]] = set()
+ABSENT = "absent"  # in the meta of a placeholder: a weight that this rank does not have
 
 
 class PvaeWarning(UserWarning):
@@ -91,7 +98,7 @@ def _untouched_because(gm: GraphModule, inputs: Sequence[Any]) -> str | None:
 def overlapping(inputs: Sequence[Any]) -> bool:
     """Whether two of the tensors share memory."""
     tensors = [i.local if isinstance(i, ShardedTensor) else i for i in inputs if isinstance(i, torch.Tensor)]
-    storages = [t.untyped_storage().data_ptr() for t in tensors if t.numel()]
+    storages = [t.untyped_storage().data_ptr() for t in tensors if t.numel() and not t.is_meta]
     return len(set(storages)) < len(storages)
 
 
@@ -110,15 +117,23 @@ def pvae_backend(
     if parsed.shard == "tile":
         raise PvaeError(
             "shard='tile' spreads the model's own tiles, which one compiled graph does not know: "
-            "use pvae.compile(vae, shard='tile'); torch.compile takes shard='halo', 'patch' and 'auto'"
+            "use pvae.compile(vae, shard='tile'); torch.compile takes shard='halo', 'patch', 'sequence' and 'auto'"
+        )
+    if (options or {}).get("regions", "auto") != "auto":
+        raise PvaeError(
+            f"regions={parsed.regions!r} is for pvae.compile(model); for torch.compile say it by what is compiled: the model, "
+            "or its blocks by model.compile_repeated_blocks(backend='pvae', options=...)"
         )
     reason = _untouched_because(gm, inputs)
     capture = None
+    owned = _mark_regions(gm, parsed)
     if reason is None:
         sharded = parsed.shard != "none" and world_size() > 1
-        capture = capture_graph(gm, inputs, static=sharded)
+        capture = capture_graph(gm, inputs, static=sharded or owned)
         if capture.mutated and overlapping(inputs):
             reason = "an input that is written shares memory with another input"
+    if reason is not None and owned:
+        raise PvaeError(f"{name}: a main-rank region needs pvae's passes, which must not touch this graph: {reason}")
     if reason is not None or capture is None:
         complain(parsed, name, f"handed on untouched: {reason}")
         REGISTRY.add(GraphReport(name, "torch.compile", "", notes=[f"untouched: {reason}"]), _weights(inputs), code)
@@ -130,9 +145,10 @@ def pvae_backend(
     try:
         if parsed.shard == "auto":
             parsed = _chosen_for(code, capture, parsed, report)
-        ranks = ranks_of(parsed)
+        ranks, world = ranks_of(parsed), region_ranks(capture, parsed)
+        together = ranks or world
         caches = side_effect_outputs() if ranks is not None else None
-        with nullcontext() if ranks is None else ranks.guarded(name):
+        with nullcontext() if together is None else together.guarded(name):
             compiled = compile_capture(
                 capture,
                 _fake_pieces(gm, inputs),
@@ -142,6 +158,7 @@ def pvae_backend(
                 inside_dynamo=True,
                 free_strides=caches or frozenset(),
                 ranks=ranks,
+                world=world,
             )
         return _unboxed(compiled)
     except Exception as error:
@@ -149,6 +166,36 @@ def pvae_backend(
         if notes:  # Dynamo reports an error's message and drops its notes
             raise PvaeError(f"{type(error).__name__}: {error}; {'; '.join(notes)}") from error
         raise
+
+
+def _mark_regions(gm: GraphModule, options: Options) -> bool:
+    """Mark what the option `main_rank` names; whether the graph has a region that is for one of several ranks."""
+    if not (options.main_rank or has_regions(gm.graph)) or world_size() == 1:
+        return False
+    missing, known = mark_modules(gm.graph, options.main_rank)
+    if missing:
+        near = [n for m in missing for n in difflib.get_close_matches(m, known, 3)]
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
+        raise PvaeError(
+            f"main_rank: no node of this graph is of a submodule called {' or '.join(map(repr, missing))}{hint} Methods, "
+            "and models that Dynamo cuts into several graphs: pvae.compile(model, main_rank=[...]), or "
+            "pvae.main_rank(function or module) before torch.compile"
+        )
+    return has_regions(gm.graph)
+
+
+def region_ranks(capture: Capture, options: Options) -> Ranks | None:
+    """All ranks in a line, if the graph has main-rank regions and there are several ranks; all of them must call it."""
+    if not has_regions(capture.gm.graph) or world_size() == 1:
+        return None
+    if options.shard == "tile":
+        raise PvaeError(
+            "a main-rank region inside what shard='tile' calls tile by tile, on each rank as often as it has tiles: give "
+            "what is outside of encoder and decoder to rank 0, or use shard='halo'"
+        )
+    if not any(step.pass_ is MAIN_RANK for step in options.pipeline.steps):
+        raise PvaeError(f"the graph has main-rank regions, and its pipeline no pass main_rank: {options.pipeline}")
+    return all_ranks(options.timeout)
 
 
 def _fake_pieces(gm: GraphModule, inputs: Sequence[Any]) -> list[Any]:
@@ -184,6 +231,7 @@ def compile_capture(
     inside_dynamo: bool = False,
     free_strides: frozenset[int] = frozenset(),
     ranks: Ranks | None = None,
+    world: Ranks | None = None,
     observe: Observer | None = None,
 ) -> Callable[[list[Any]], Any]:
     """Run the pipeline on a captured graph and hand it to the engine. `inputs` match the graph's placeholders.
@@ -191,7 +239,7 @@ def compile_capture(
     The result takes its inputs as one list, and empties it.
 
     `ranks` are those that the options' `shard` is about. Inputs may then be `ShardedTensor`s, and outputs in `free_strides`
-    come back as such.
+    come back as such. `world` are all ranks, where the graph has main-rank regions (`region_ranks`).
 
     `free_strides` are outputs that only compiled code will read again, so that their memory layout is ours to choose.
     Outside Dynamo, equal rewritten graphs share one compiled function (layers of one class differ in weights only).
@@ -204,16 +252,24 @@ def compile_capture(
     for node, given in zip(nodes, inputs, strict=True):
         if isinstance(given, ShardedTensor):
             node.meta["local"] = given.local
+    told = [stated(i) for i in inputs]
     mesh = None if ranks is None else ranks.mesh
-    context = Context(options, capture.weights, free_strides, counter, mesh, held)
+    line = None if world is None else world.mesh
+    context = Context(options, capture.weights, free_strides, counter, mesh, held, {}, capture.arguments, line)
     report.passes = run_pipeline(gm, options.pipeline, context, check=options.verify == "on", observe=observe)
     report.nodes_after, report.pass_seconds = len(gm.graph.nodes), time.perf_counter() - start
-    if ranks is not None and any(r.note == NO_PICTURE for p in report.passes for r in p.refusals):
-        complain(
-            options,
-            report.name,
-            f"shard={options.shard!r} splits pictures, and {NO_PICTURE}: every rank computes it all",
+    absent = [n.name for n in nodes if ABSENT in n.meta and n.users]
+    if absent:
+        raise PvaeError(
+            f"{report.name}: {len(absent)} weights are on the meta device and have no values, such as {absent[0]}, and are "
+            "read on this rank, outside of main-rank regions or on rank 0; load them first"
         )
+    if options.cudagraphs == "on":
+        _check_cuda_graph(capture, inputs, report.name)
+    nothing = {NO_PICTURE: "pictures", NO_TOKENS: "tokens"}
+    for note in {r.note for p in report.passes for r in p.refusals if ranks is not None and r.note in nothing}:
+        text = f"shard={options.shard!r} splits {nothing[note]}, and {note}: every rank computes it all"
+        complain(options, report.name, text)
     for pass_name, expected in options.expect.items():
         if report.matches(pass_name) < expected:
             raise PvaeError(
@@ -223,12 +279,16 @@ def compile_capture(
     if held:
         inputs = [n.meta["val"] if n.name in held else i for n, i in zip(nodes, inputs, strict=True)]
 
-    def sharded(run: Callable[..., Any]) -> Callable[..., Any]:
-        if ranks is None:
+    def finished(run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+        if options.cudagraphs == "on":
+            weights = [n.name in capture.weights for n in nodes]
+            run = CudaGraphed(run, weights, frozen=options.weights == "frozen")
+        together = ranks or world
+        if together is None:
             return run
-        weights = [n.name in capture.weights for n in nodes]
+        given = {i: told[i] for i, n in enumerate(nodes) if n.name not in capture.weights}
         checked = options.check_inputs == "on"
-        return ShardedGraph(report.name, run, ranks, context.left, tuple(collectives(gm.graph)), weights, checked)
+        return ShardedGraph(report.name, run, together, context.left, tuple(collectives(gm.graph)), given, checked)
 
     key = None
     if not inside_dynamo and not tensor_constants(gm):
@@ -237,7 +297,7 @@ def compile_capture(
         if key in _SHARED:
             compiled, first = _SHARED[key]
             report.shared_with = REGISTRY.index(first)
-            return sharded(compiled)
+            return finished(compiled)
     names = [n.name for n in placeholders(gm.graph)]
     frozen = split_weight_work(gm, capture.weights) if options.weights == "frozen" else None
     if frozen is None:
@@ -249,7 +309,20 @@ def compile_capture(
         compiled = FrozenWeights(main, torch.fx.Interpreter(prepare).run, indexes)
     if key is not None:
         _SHARED[key] = (compiled, report)
-    return sharded(compiled)
+    return finished(compiled)
+
+
+def _check_cuda_graph(capture: Capture, inputs: Sequence[Any], name: str) -> None:
+    """Raises PvaeError where `cudagraphs` cannot be honoured."""
+    reason = None
+    if capture.mutated:
+        reason = "the graph writes its inputs, which a replay would do to copies"
+    elif any(not isinstance(i, (torch.Tensor, int, float, bool)) for i in inputs):
+        reason = "sizes are symbolic; compile with dynamic=False"
+    elif not all(i.device.type == "cuda" for i in inputs if isinstance(i, torch.Tensor)):
+        reason = "an input or weight is not on a GPU; move it there"
+    if reason is not None:
+        raise PvaeError(f"{name}: cudagraphs=on is not possible: {reason}")
 
 
 def _engine(gm: GraphModule, inputs: Sequence[Any], options: Options, fake_mode: Any) -> Callable[[list[Any]], Any]:
@@ -257,6 +330,8 @@ def _engine(gm: GraphModule, inputs: Sequence[Any], options: Options, fake_mode:
         return _interpreter(gm)
     current = torch._inductor.config.post_grad_custom_post_pass
     patches: dict[str, Any] = {"post_grad_custom_post_pass": KeyPass(options.key(), current)}
+    if any(node.target is exchange for node in gm.graph.nodes):  # waited for where its result is read
+        patches |= {"reorder_for_compute_comm_overlap": True, "reorder_for_compute_comm_overlap_passes": [WAIT_LATE]}
     if any(map(_convolves_fp32_on_cpu, gm.graph.nodes)):
         # Inductor would make these channels_last, which oneDNN sums three times less exactly (conv3d_unfold.py).
         patches["layout_optimization"] = False

@@ -8,7 +8,8 @@ objects at every later call.
 from __future__ import annotations
 
 import enum
-from collections.abc import Hashable, Iterable, Sequence
+import inspect
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,40 @@ def describe(value: Any, tensors: list[torch.Tensor], boxes: list[Box], *, strid
     raise TypeError(f"{kind.__module__}.{kind.__qualname__}")
 
 
+def argument_names(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
+    """What `function` calls each tensor of a call, in the order of `describe((args, kwargs), ...)`.
+
+    Tensors in lists, tuples and dicts have the position or key behind the name: `caches_0`, `attention_kwargs_mask`.
+    """
+    names = positional_names(function, len(args))
+    return [n for name, v in (*zip(names, args, strict=True), *kwargs.items()) for n in _tensor_names(name, v)]
+
+
+def positional_names(function: Callable[..., Any], count: int) -> list[str]:
+    """The parameters that take so many positional arguments; `args_0` and so on for those that `*args` takes.
+
+    Of what decorators wrap, where they say so (`__wrapped__`).
+    """
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # builtin functions may have no signature
+        parameters = []
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "args")
+    return [*names, *(f"{rest}_{i}" for i in range(count - len(names)))][:count]
+
+
+def _tensor_names(name: str, value: Any) -> list[str]:
+    if isinstance(value, torch.Tensor):
+        return [name]
+    items: Iterable[tuple[Any, Any]] = ()
+    if type(value) is dict:
+        items = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    return [n for key, v in items for n in _tensor_names(f"{name}_{key}", v)]
+
+
 def tensors_of(value: Any) -> list[torch.Tensor]:
     """The tensors in `value` themselves, in the order of `describe`."""
     if isinstance(value, torch.Tensor):
@@ -78,9 +113,10 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
 
 
 def same_layout(key: Any) -> Any:
-    """`key` with the strides of dimensions of size 1, which mean nothing, set to 0."""
+    """`key` with the strides that mean nothing, of dimensions of size 1 and of tensors of no elements, set to 0."""
     if isinstance(key, tuple) and len(key) == 4 and isinstance(key[0], torch.Size):
-        return key[0], tuple(0 if n == 1 else s for n, s in zip(key[0], key[1], strict=True)), key[2], key[3]
+        none = 0 in key[0]
+        return key[0], tuple(0 if none or n == 1 else s for n, s in zip(key[0], key[1], strict=True)), key[2], key[3]
     if isinstance(key, tuple):
         return tuple(map(same_layout, key))
     return key

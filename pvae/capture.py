@@ -6,18 +6,29 @@ bases.
 
 from __future__ import annotations
 
+import inspect
 import re
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
+from pvae.call_structure import positional_names
 from pvae.passes.ir import aten, output_node, placeholders
 from pvae.runtime.sharded_tensor import ShardedTensor
-from pvae.runtime.torch_compat import FakeTensor, FakeTensorMode, functional_graph, static_fake
+from pvae.runtime.torch_compat import (
+    FakeTensor,
+    FakeTensorMode,
+    argument_path,
+    current_frame,
+    functional_graph,
+    static_fake,
+    traced_locals,
+)
 
 VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
 
@@ -31,6 +42,7 @@ class Capture:
     weights: frozenset[str]
     mutated: tuple[int, ...]
     seconds: float
+    arguments: Mapping[str, str] = field(default_factory=dict)  # placeholder -> the name that forward has for it
 
 
 def _finish(gm: GraphModule, mutated: list[int], mode: FakeTensorMode | None) -> None:
@@ -80,7 +92,39 @@ def capture_graph(gm: GraphModule, inputs: Sequence[Any], *, static: bool = Fals
     _finish(traced, mutated, mode)
     names = [n.name for n in placeholders(traced.graph)]
     weights = frozenset(n for n, i in zip(names, inputs, strict=True) if isinstance(i, torch.nn.Parameter))
-    return Capture(traced, mode, weights, tuple(mutated), time.perf_counter() - start)
+    code, _ = current_frame()
+    called = zip(placeholders(traced.graph), (_argument_name(n, code) for n in nodes), strict=True)
+    arguments = _named((node, name) for node, name in called if name is not None)
+    return Capture(traced, mode, weights, tuple(mutated), time.perf_counter() - start, arguments)
+
+
+def _argument_name(node: Node, code: CodeType | None) -> str | None:
+    """What the traced function, whose code it is, calls a placeholder of Dynamo's graph; as `argument_names` would."""
+    path = argument_path(node)
+    if path is None:
+        return None
+    name, *keys = path
+    if code is not None and keys:
+        starred = code.co_varnames[code.co_argcount + code.co_kwonlyargcount :]
+        var_positional = starred[0] if code.co_flags & inspect.CO_VARARGS else None
+        var_keyword = starred[var_positional is not None] if code.co_flags & inspect.CO_VARKEYWORDS else None
+        if name == var_keyword:
+            name, *keys = keys
+        elif name == var_positional:
+            position, *keys = keys
+            forward = _wrapped_forward(code)
+            position += code.co_argcount
+            name = positional_names(forward, position + 1)[position] if forward else f"{name}_{path[1]}"
+    return "_".join(map(str, (name, *keys)))
+
+
+def _wrapped_forward(code: CodeType) -> Callable[..., Any] | None:
+    """The forward that is traced, if `code` is its own or that of a decorator around it."""
+    owner = traced_locals().get(code.co_varnames[0]) if code.co_argcount else None
+    forward = inner = getattr(type(owner), "forward", None)
+    while inner is not None and getattr(inner, "__code__", None) is not code:
+        inner = getattr(inner, "__wrapped__", None)
+    return forward if inner is not None else None
 
 
 def _with_todays_sizes(example: Any, mode: FakeTensorMode) -> Any:
@@ -95,16 +139,33 @@ def _with_todays_sizes(example: Any, mode: FakeTensorMode) -> Any:
 
 
 def capture_run(
-    run: Callable[..., list[Any]], inputs: Sequence[torch.Tensor], weights: Sequence[str], mode: FakeTensorMode
+    run: Callable[..., list[Any]],
+    inputs: Sequence[torch.Tensor],
+    weights: Sequence[str],
+    mode: FakeTensorMode,
+    arguments: Sequence[str] = (),
 ) -> Capture:
-    """Trace `run(*inputs)`, fakes of `mode` of which the last are the weights called so; `run` returns a flat list."""
+    """Trace `run(*inputs)`, fakes of `mode`: the first are the arguments, the last the weights, that are called so.
+
+    `run` returns a flat list.
+    """
     start = time.perf_counter()
     traced, mutated = _trace(run, inputs, mode, stack_traces=True)
-    nodes = placeholders(traced.graph)[len(inputs) - len(weights) :]
-    for node, name in zip(nodes, weights, strict=True):
-        node._rename(re.sub(r"\W", "_", name))  # a dump then says which weight it is
+    nodes = placeholders(traced.graph)
+    _named(zip(nodes[len(inputs) - len(weights) :], weights, strict=True))
+    names = _named(zip(nodes, arguments, strict=False))
     _finish(traced, mutated, mode)
-    return Capture(traced, mode, frozenset(n.name for n in nodes), tuple(mutated), time.perf_counter() - start)
+    own = frozenset(n.name for n in nodes[len(inputs) - len(weights) :])
+    return Capture(traced, mode, own, tuple(mutated), time.perf_counter() - start, names)
+
+
+def _named(called: Iterable[tuple[Node, str]]) -> dict[str, str]:
+    """Give nodes names, for people to read in dumps: by the node's name, which is near it and unique, the one asked for."""
+    found = {}
+    for node, name in called:
+        node._rename(re.sub(r"\W", "_", name))
+        found[node.name] = name
+    return found
 
 
 def _trace(

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
 from pvae.auto_shard import choose_sharding
-from pvae.backend import REGISTRY, PvaeError, compile_capture, complain, overlapping, pvae_backend
+from pvae.backend import ABSENT, REGISTRY, PvaeError, compile_capture, complain, overlapping, pvae_backend, region_ranks
+from pvae.block_pieces import Pieces, WholeResults, cut_inputs, input_pieces
 from pvae.call_structure import (
     Box,
     In,
@@ -25,6 +27,7 @@ from pvae.call_structure import (
     Rebuilder,
     Templates,
     Unknown,
+    argument_names,
     describe,
     fill,
     same_layout,
@@ -33,13 +36,17 @@ from pvae.call_structure import (
 )
 from pvae.capture import capture_run, tensor_constants
 from pvae.kernels.channels_last import FORMATS
+from pvae.main_rank import inside_region, unwrap, wrap_named
 from pvae.module_state import Absent, Attribute, AttributeWatch, ModuleState, clean_caches, layout_key
-from pvae.options import Options, parse_options
+from pvae.options import GRAPH_FORMS, Options, parse_options
 from pvae.passes import channels_last
 from pvae.passes.channels_last import no_gain
+from pvae.passes.ir import placeholders
 from pvae.passes.pipeline import Observer
 from pvae.passes.rule import RewriteCounter
+from pvae.passes.shard_choice import Choice
 from pvae.ranks import Ranks, ranks_of, world_size
+from pvae.regions import regions, repeated_blocks
 from pvae.report import GraphReport
 from pvae.runtime import frozen_weights
 from pvae.runtime.sharded_tensor import ShardedTensor
@@ -98,8 +105,12 @@ class CompiledForward:
     argument; attributes set between calls are part of a call's kind.
     """
 
-    def __init__(self, module: nn.Module, name: str, options: Options, counter: RewriteCounter) -> None:
+    def __init__(
+        self, module: nn.Module, name: str, options: Options, counter: RewriteCounter, *, takes_pieces: bool = False
+    ) -> None:
         self.module = module
+        self.takes_pieces = takes_pieces  # of a block: inputs that are whole are cut before the graph
+        self.chosen: list[tuple[Options, Choice]] = []  # what shard="auto" came to, one for all blocks of a model
         self.original: Callable[..., Any] = module.forward
         self.name = name
         self.options = options
@@ -111,6 +122,7 @@ class CompiledForward:
     def forget(self) -> None:
         """Drop every capture; the next call of each kind captures anew."""
         self._programs: dict[Hashable, Program] = {}
+        self._cuts: dict[Hashable, Mapping[int, Pieces]] = {}
         self._state: ModuleState | None = None
         self._layout: list[Any] = []
         self._where: tuple[torch.device, torch.device] | None = None
@@ -119,11 +131,16 @@ class CompiledForward:
         self._by_dynamo: Callable[..., Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("module", "original", "name", "options", "counter", "observe")
-        return {k: v for k, v in self.__dict__.items() if k in kept}
+        kept = ("module", "takes_pieces", "chosen", "original", "name", "options", "counter", "observe")
+        state = {k: v for k, v in self.__dict__.items() if k in kept}
+        if _is_own(self.original, self.module):  # pickle would look it up where this object stands
+            state["original"] = None
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        if state["original"] is None:
+            self.original = MethodType(type(self.module).forward, self.module)
         self.ranks = None
         self.forget()
 
@@ -138,8 +155,13 @@ class CompiledForward:
             return self._eager(self._stays_eager, args, kwargs)
         if self._by_dynamo is not None:
             return self._by_dynamo(*args, **kwargs)
-        if self.ranks is None and self.options.shard in ("halo", "patch"):
+        if self.ranks is None and self.options.shard in GRAPH_FORMS:
             self.ranks = ranks_of(self.options)
+        if self.ranks is not None and inside_region():
+            raise PvaeError(
+                f"{self.name}: it is sharded over all ranks, and called in a main-rank region, where only rank 0 comes: "
+                "take it out of the region, or compile it with shard='none'"
+            )
         state = self._state
         attributes = None if state is None or state.changed() else state.attributes()
         if state is None or attributes is None:
@@ -162,6 +184,9 @@ class CompiledForward:
         if autocast_enabled():
             return self._eager("autocast is on; cast the model and its inputs instead", args, kwargs)
         full = (key, attributes)
+        if full in self._cuts:
+            tensors = cut_inputs(tensors, self._cuts[full])
+            full = (describe(Rebuilder(tensors)(call), [], []), attributes)
         program = self._programs.get(full)
         if program is None:
             plain = same_layout(full)
@@ -171,6 +196,9 @@ class CompiledForward:
                     return self._eager(f"more than {MAX_PROGRAMS} kinds of call were captured", args, kwargs)
                 with _TRACING, nullcontext() if self.ranks is None else self.ranks.guarded(self.name):
                     found = self._capture(call, tensors, weights, state)
+                if isinstance(found, dict):
+                    self._cuts[full] = found
+                    return self(*args, **kwargs)
                 if found is None:
                     return self(*args, **kwargs)
                 if isinstance(found, str):
@@ -208,21 +236,23 @@ class CompiledForward:
 
     def _capture(
         self, call: Any, tensors: list[torch.Tensor], weights: list[torch.Tensor], state: ModuleState
-    ) -> Program | str | None:
+    ) -> Program | dict[int, Pieces] | str | None:
         """Trace and compile this kind of call.
 
         A string says why the module must stay eager; None that the call has to be made anew: forward was found to write
-        attributes, or to be for Dynamo.
+        attributes, or to be for Dynamo. A dict says the same, and which inputs are to be cut before it.
         """
         for path, sub in self.module.named_modules():
             if path and (sub._forward_hooks or sub._forward_pre_hooks):
                 return f"submodule {path!r} has forward hooks, which a capture would run only once"
-        for what, group in (("an input", tensors), ("a weight", weights)):
-            if any(t.is_meta for t in group):
+        absent = [t.is_meta for t in weights]  # in a main-rank region, perhaps: then this rank does not read them
+        for what, found in (("an input", any(t.is_meta for t in tensors)), ("a weight", any(absent))):
+            if found and (what == "an input" or world_size() == 1):
                 raise PvaeError(f"{self.name}: {what} is on the meta device and has no values; load it first")
+        device = next((t.device for t in (*tensors, *weights) if not t.is_meta), torch.get_default_device())
         mode = new_fake_mode()
         with torch.inference_mode(False), torch.no_grad():
-            fakes = [_fake(mode, t) for t in (*tensors, *weights)]
+            fakes = [_fake(mode, t, device) for t in (*tensors, *weights)]
             traced = _Traced()
             watch = AttributeWatch(self.module)
             try:
@@ -232,6 +262,7 @@ class CompiledForward:
                         fakes,
                         state.names,
                         mode,
+                        argument_names(self.original, *call[:2]),
                     )
                 known = {(id(table), name) for table, name in self._written}
                 written = [(table, name) for table, name in watch.written() if (id(table), name) not in known]
@@ -252,11 +283,19 @@ class CompiledForward:
                 return None
             if capture.mutated and overlapping([*tensors, *weights]):
                 return "an input that is written shares memory with another input"
+            for node, gone in zip(placeholders(capture.gm.graph)[len(tensors) :], absent, strict=True):
+                if gone:
+                    node.meta[ABSENT] = True
             report = GraphReport(self.name, "pvae.compile", str(self.options.pipeline))
             if self.options.shard == "auto":
-                self.options, choice = choose_sharding(capture, self.options, world_size())
+                self.chosen[:] = self.chosen or [choose_sharding(capture, self.options, world_size())]
+                self.options = self.chosen[0][0]
                 self.ranks = ranks_of(self.options)
-                report.notes.append(f"shard=auto: {choice.reason}")
+            report.notes += [f"shard=auto: {choice.reason}" for _, choice in self.chosen]
+            if self.takes_pieces and self.ranks is not None and self.options.shard == "sequence":
+                cuts = input_pieces(capture, tensors, self.options, self.ranks.mesh)
+                if cuts:
+                    return cuts
             constants = len(tensor_constants(capture.gm))
             if constants:
                 report.notes.append(f"{constants} tensors made in forward are constants of the graph")
@@ -266,16 +305,19 @@ class CompiledForward:
             free = frozenset(leaf.index for leaf in effects if isinstance(leaf, Out)) - result
             pieces = (_fake_piece(mode, t) for t in tensors)
             given = [f if p is None else p for f, p in zip(fakes, (*pieces, *[None] * len(weights)), strict=True)]
-            compiled = compile_capture(
-                capture,
-                given,
-                self.options,
-                report,
-                self.counter,
-                free_strides=free,
-                ranks=self.ranks,
-                observe=self.observe,
-            )
+            world = region_ranks(capture, self.options)
+            with nullcontext() if self.ranks is not None or world is None else world.guarded(self.name):
+                compiled = compile_capture(
+                    capture,
+                    given,
+                    self.options,
+                    report,
+                    self.counter,
+                    free_strides=free,
+                    ranks=self.ranks,
+                    world=world,
+                    observe=self.observe,
+                )
         returns_inputs = any(isinstance(leaf, In) for leaf in (*traced.result, *effects))
         return Program(
             compiled, traced.result, traced.spec, tuple(traced.effects), returns_inputs, capture.mutated, report
@@ -290,7 +332,8 @@ class CompiledForward:
             "forward decides by a tensor's value, which capture by running cannot follow; it is compiled as "
             f"torch.compile(model, backend='pvae') does, in several graphs ({first})",
         )
-        options = {f.name: getattr(self.options, f.name) for f in fields(self.options)}
+        names = [f.name for f in fields(self.options) if f.name not in ("regions", "main_rank")]
+        options = {name: getattr(self.options, name) for name in names}
         self._by_dynamo = torch.compile(self.original, backend=functools.partial(pvae_backend, options=options))
 
     def _traced_call(
@@ -312,12 +355,13 @@ class CompiledForward:
         return templates.outputs
 
 
-def _fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
-    """The fake that a forward is traced with: of a sharded tensor the whole one."""
-    if not isinstance(tensor, ShardedTensor):
+def _fake(mode: FakeTensorMode, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The fake that a forward is traced with: of a sharded tensor the whole one, of a weight that is absent one on `device`."""
+    if not isinstance(tensor, ShardedTensor) and not tensor.is_meta:
         return static_fake(mode, tensor)
     with mode:
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+        where = device if tensor.is_meta else tensor.device
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=where)
 
 
 def _fake_piece(mode: FakeTensorMode, tensor: torch.Tensor) -> ShardedTensor | None:
@@ -361,18 +405,6 @@ def lay_out_weights(module: nn.Module, options: Options) -> None:
             weight.data = weight.data.contiguous(memory_format=FORMATS[weight.dim()])
 
 
-def regions(model: nn.Module) -> dict[str, nn.Module]:
-    """The submodules that `compile` takes: encoder and decoder of an autoencoder, the repeated blocks of a diffusers
-    transformer, else the model itself (by the empty name)."""
-    parts = {name: getattr(model, name, None) for name in ("encoder", "decoder")}
-    found = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
-    if found:
-        return found
-    classes = getattr(model, "_repeated_blocks", None) or ()
-    blocks = {name: m for name, m in model.named_modules() if name and type(m).__name__ in classes}
-    return blocks or {"": model}
-
-
 def compile(model: nn.Module, **options: Any) -> nn.Module:
     """Compile `model` in place and return it: encoder and decoder of an autoencoder, blocks of a DiT, else the whole.
 
@@ -388,23 +420,39 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
 def compile_with(model: nn.Module, options: Options) -> nn.Module:
     """`compile` with options that are already parsed; the environment is not read again."""
     if options.shard == "tile":
-        asked = [n for n in ("mesh", "shard_dims", "gather") if getattr(options, n) != getattr(Options, n)]
+        asked = [n for n in ("mesh", "shard_dims", "gather", "regions") if getattr(options, n) != getattr(Options, n)]
         if asked:
             raise PvaeError(
                 f"{', '.join(asked)}: shard='tile' spreads whole tiles over all ranks and gathers their results; "
                 "shard='halo' and 'patch' take these options"
             )
+    found = regions(model, options.regions)
     counter = RewriteCounter(options.rewrite_limit)
     restore(model)
-    for name, module in regions(model).items():
+    wrap_named(model, options.main_rank, options.timeout)
+    blocks = options.shard in ("sequence", "auto") and found == repeated_blocks(model)
+    inner = replace(options, gather="off") if blocks else options
+    forwards = []
+    for name, module in found.items():
         where = f"{type(model).__name__}.{name}" if name else type(model).__name__
-        module.forward = CompiledForward(module, where, options, counter)
+        module.forward = CompiledForward(module, where, inner, counter, takes_pieces=blocks)
+        forwards.append(module.forward)
+    if blocks:
+        for forward in forwards:
+            forward.chosen = forwards[0].chosen
+        if options.gather == "on":
+            model.register_forward_hook(WholeResults(forwards[0]))
     if options.shard == "tile":
         ranks = ranks_of(options)
         assert ranks is not None
         checked = options.check_inputs == "on"
-        install_tiles(model, regions(model), ranks.mesh, options, seconds=options.timeout, check_values=checked)
+        install_tiles(model, found, ranks.mesh, options, seconds=options.timeout, check_values=checked)
     return model
+
+
+def _is_own(forward: Callable[..., Any], module: nn.Module) -> bool:
+    """Whether that is the forward of the module's class, and not one that was put in its place."""
+    return getattr(forward, "__func__", None) is type(module).forward
 
 
 def compiled_forwards(model: nn.Module) -> list[CompiledForward]:
@@ -416,12 +464,15 @@ def compiled_forwards(model: nn.Module) -> list[CompiledForward]:
 def restore(model: nn.Module) -> nn.Module:
     """Undo `compile`: every region gets the forward that it had."""
     remove_tiles(model)
+    for key in [key for key, hook in model._forward_hooks.items() if isinstance(hook, WholeResults)]:
+        del model._forward_hooks[key]
     for forward in compiled_forwards(model):
         module = forward.module
-        if getattr(forward.original, "__func__", None) is type(module).forward:
+        if _is_own(forward.original, module):
             del module.__dict__["forward"]
         else:
             module.forward = forward.original
+    unwrap(model)
     return model
 
 

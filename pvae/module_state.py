@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
+from types import CellType
 from typing import Any
 
 import torch
@@ -32,14 +33,17 @@ def _is_plain(value: Any) -> bool:
 def clean_caches(module: nn.Module) -> Iterator[None]:
     """Empty every `functools.lru_cache` that was filled inside: what tracing puts there are tensors without values.
 
-    Caches are looked for where diffusers keeps them: on the classes of the submodules and in their Python modules.
+    Caches are looked for where diffusers keeps them: on the classes of the submodules and in their Python modules, as they
+    are or in the closure of a function around them (diffusers' `lru_cache_unless_export`).
     """
     found: dict[int, tuple[Any, int]] = {}
     for cls in {c for m in module.modules() for c in type(m).__mro__}:
         for table in (vars(cls), vars(sys.modules[cls.__module__])):
             for value in table.values():
-                if isinstance(value, functools._lru_cache_wrapper):
-                    found[id(value)] = value, value.cache_info().misses
+                cells = [cell for cell in getattr(value, "__closure__", None) or () if cell != CellType()]
+                for cache in (value, *(cell.cell_contents for cell in cells)):
+                    if isinstance(cache, functools._lru_cache_wrapper):
+                        found[id(cache)] = cache, cache.cache_info().misses
     try:
         yield
     finally:

@@ -29,16 +29,26 @@ class Options:
     weights        live: re-laid weights are computed in every call, so that any way of changing a weight is seen;
                    frozen: they are computed once and again when a weight's identity, storage or version changes
                    (a write through `.data` changes none of them: call `pvae.refresh(model)` after it)
+    cudagraphs     on: from its second call on a compiled graph is replayed as one CUDA graph, for sizes at which launching
+                   kernels takes longer than running them. Inputs and results are copied; weights are read where they are
     engine         inductor, or eager: the rewritten graph is interpreted, node by node
     shard          over the ranks of torch.distributed: none; halo (exact); patch (approximate: pieces with context);
-                   tile (approximate: the model's own tiles, spread; pvae.compile only); auto (an exact form by cost)
+                   tile (approximate: the model's own tiles, spread; pvae.compile only); sequence (exact: tokens of a
+                   transformer); auto (an exact form by cost)
     shard_dims     what is split: auto, h (rows), w (columns), hw (both)
-    mesh           ranks along each split dimension, such as 4 or 2x2; auto: a line, or for hw as square as can be
+    shard_inputs   sequence: {argument: dimension that is split}; for a mesh of two axes a tuple of two, None for an axis
+                   that does not split it (one number is the last axis's, the tokens'). What is not named stays whole. In the
+                   environment: `hidden_states=1,mask=0:none`. auto: found from the attention
+    mesh           ranks along each split dimension, such as 4 or 2x2 (sequence: batch x tokens); auto: a line, or for hw
+                   as square as can be
     patch_context  rows of the first input around a patch, in latents for a decoder
     gather         on: results are whole on every rank; off: they stay pieces (`ShardedTensor`, whose `.local` is this
                    rank's and `.whole()` the result)
     approximate    on: auto may choose approximate forms
     machine        what auto's predictions are for: h200, or with constants replaced, such as h200,memory=4e12
+    regions        what pvae.compile takes: auto (encoder and decoder, or the repeated blocks, or the model), whole, blocks
+    main_rank      names of submodules (their forward) and methods that run on rank 0 only, as a list or with commas between;
+                   the others get the results (see `pvae.main_rank`; torch.compile takes submodules alone)
     timeout        seconds that ranks wait for each other before it is an error that names who is missing
     check_inputs   on: every call compares the inputs' values over ranks (off: shapes, when the kind of call changes)
     passes         pipeline text instead of the default one, such as `canonicalize,conv3d_unfold{form=unfold2d}`
@@ -54,14 +64,18 @@ class Options:
     channels_last: str = "auto"
     modulation: str = "auto"
     weights: str = "live"
+    cudagraphs: str = "off"
     engine: str = "inductor"
     shard: str = "none"
     shard_dims: str = "auto"
+    shard_inputs: Mapping[str, int | tuple[int | None, ...]] | None = None
     mesh: tuple[int, ...] | None = None
     patch_context: int = 4
     gather: str = "on"
     approximate: str = "off"
     machine: str = "h200"
+    regions: str = "auto"
+    main_rank: tuple[str, ...] = ()
     timeout: float = 300.0
     check_inputs: str = "off"
     passes: str = "default"
@@ -87,15 +101,18 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "channels_last": ("auto", "on", "off"),
     "modulation": ("auto", "on", "off"),
     "weights": ("live", "frozen"),
+    "cudagraphs": ("off", "on"),
     "engine": ("inductor", "eager"),
-    "shard": ("none", "halo", "patch", "tile", "auto"),
+    "shard": ("none", "halo", "patch", "tile", "sequence", "auto"),
     "shard_dims": ("auto", "h", "w", "hw"),
     "gather": ("on", "off"),
     "approximate": ("off", "on"),
+    "regions": ("auto", "whole", "blocks"),
     "check_inputs": ("off", "on"),
     "verify": ("on", "off"),
     "strict": ("off", "on"),
 }
+GRAPH_FORMS = ("halo", "patch", "sequence")  # forms that a graph is rewritten to; tiles are calls of whole graphs
 NAMES = tuple(f.name for f in fields(Options))
 
 
@@ -141,6 +158,46 @@ def _mesh(value: Any) -> tuple[int, ...] | None:
     return shape
 
 
+def _split_dims(name: str, value: Any) -> int | tuple[int | None, ...]:
+    """`1`, `(0, 1)`, or as text `0:1` and `none:1`: one dimension, or one for each axis of the mesh."""
+    parts = value.split(":") if isinstance(value, str) else value if isinstance(value, (tuple, list)) else [value]
+    dims = [None if part in (None, "none") else part for part in parts]
+    try:
+        whole = [None if d is None else int(d) for d in dims]
+    except (TypeError, ValueError):
+        whole = []
+    exact = all(isinstance(d, (str, type(None))) or (type(d) is int) for d in dims)
+    if not exact or not 1 <= len(whole) <= 2 or set(whole) == {None}:
+        raise OptionError(
+            f"shard_inputs: {name!r} is split along {value!r}, which is not a dimension such as 1, or one for each axis "
+            "of the mesh such as (0, 1), with None where an axis does not split it"
+        )
+    if len(whole) == 2 and whole[0] == whole[1]:
+        raise OptionError(f"shard_inputs: both axes of the mesh split dimension {whole[0]} of {name!r}")
+    return whole[0] if len(parts) == 1 and whole[0] is not None else tuple(whole)
+
+
+def _shard_inputs(value: Any) -> dict[str, int | tuple[int | None, ...]] | None:
+    """`{"hidden_states": 1}`, or the text `hidden_states=1,mask=0:none`; None and "auto" leave it to pvae."""
+    if value in (None, "", "auto"):
+        return None
+    if isinstance(value, str):
+        value = {name.strip(): dims.strip() for name, _, dims in (item.partition("=") for item in value.split(","))}
+    if not isinstance(value, Mapping) or not value or not all(isinstance(n, str) and n for n in value):
+        raise OptionError(
+            f"shard_inputs takes a dict from arguments to dimensions such as {{'hidden_states': 1}}, not {value!r}"
+        )
+    return {name: _split_dims(name, dims) for name, dims in value.items()}
+
+
+def _paths(name: str, value: Any) -> tuple[str, ...]:
+    """`["text_encoder", "vqvae.decode"]`, or both in one text with a comma between."""
+    paths = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+    if not all(isinstance(path, str) for path in paths):
+        raise OptionError(f"{name} takes names of submodules and methods such as ['text_encoder'], not {value!r}")
+    return tuple(dict.fromkeys(path.strip() for path in paths if path.strip()))
+
+
 def _checked(name: str, value: Any) -> Any:
     """The value as the dataclass holds it, or OptionError."""
     if name in CHOICES:
@@ -152,6 +209,8 @@ def _checked(name: str, value: Any) -> Any:
             raise OptionError(f"{name}={value!r} is not possible; valid values of {name}: {', '.join(CHOICES[name])}")
     elif name == "mesh":
         value = _mesh(value)
+    elif name == "shard_inputs":
+        value = _shard_inputs(value)
     elif name == "machine":
         machine_named(value)
     elif name == "patch_context":
@@ -163,6 +222,8 @@ def _checked(name: str, value: Any) -> Any:
             raise OptionError(f"timeout={value!r} is not a number of seconds") from None
         if value <= 0:
             raise OptionError(f"timeout={value} is not a time to wait")
+    elif name == "main_rank":
+        value = _paths(name, value)
     elif name == "disable":
         names = value.split(",") if isinstance(value, str) else value
         value = tuple(pass_named(n.strip()).name for n in names if n.strip())
@@ -200,4 +261,26 @@ def parse_options(given: Mapping[str, Any] | None = None, environment: Mapping[s
         if name == "disable":
             value = tuple(dict.fromkeys(options.disable + value))
         options = replace(options, **{name: value})
+    _consistent(options)
     return options
+
+
+def _consistent(options: Options) -> None:
+    """Raise OptionError for options that mean nothing for the form of sharding that was asked for."""
+    asked = [n for n in ("shard_dims", "patch_context") if getattr(options, n) != getattr(Options, n)]
+    if options.shard == "sequence" and asked:
+        raise OptionError(
+            f"{', '.join(asked)}: shard='sequence' splits tokens, not pictures; shard_inputs says which dimensions of "
+            "which arguments, mesh over how many ranks"
+        )
+    if options.shard_inputs is None:
+        return
+    if options.shard not in ("sequence", "auto"):
+        raise OptionError(f"shard_inputs is for shard='sequence' and 'auto'; shard={options.shard!r} does not read it")
+    for name, dims in options.shard_inputs.items():
+        axes, mesh = len(dims) if isinstance(dims, tuple) else 1, options.mesh or (1,)
+        if axes > len(mesh):
+            raise OptionError(
+                f"shard_inputs: {name!r} is split along {dims}, for a mesh of {axes} axes; say mesh='2x2' or so, "
+                "ranks along the first x ranks along the second"
+            )

@@ -21,7 +21,7 @@ from pvae.capture import Capture, capture_run
 from pvae.module import compile, restore
 from pvae.options import parse_options
 from pvae.passes import dump
-from pvae.passes.ir import derive
+from pvae.passes.ir import Builder, derive
 from pvae.passes.pipeline import Pipeline, run_pipeline
 from pvae.passes.rule import Context, Report, RewriteCounter
 from pvae.runtime.torch_compat import new_fake_mode, static_fake
@@ -203,7 +203,7 @@ def lift_float32(gm: GraphModule) -> int:
 
     Some models compute a norm or an attention in float32 whatever they are given. Its rounding, 1e-7, would hide what a
     float64 comparison is to show. Only what depends on such a cast changes: constants and masks that are float32 from the
-    start stay so. In place; the metas are derived anew.
+    start stay so, but for a copy where they are multiplied as matrices. In place; the metas are derived anew.
     """
     lifted: set[Node] = set()
     casts = 0
@@ -223,6 +223,10 @@ def lift_float32(gm: GraphModule) -> int:
             casts += 1
         elif not lifted.intersection(node.all_input_nodes):
             continue
+        elif torch.Tag.pointwise not in getattr(node.target, "tags", ()):  # a product takes one dtype and promotes none
+            for operand in node.all_input_nodes:
+                if getattr(operand.meta.get("val"), "dtype", None) is torch.float32:
+                    node.replace_input_with(operand, Builder(node)(torch.ops.aten.to.dtype, operand, torch.float64))
         node.meta["val"] = derive(node)
         lifted.add(node)
     gm.recompile()

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+from pvae import compile as pvae_compile
+from pvae.module import restore
 from pvae.testing import agreement
 from pvae.tools.coverage import cover
 from pvae.tools.zoo import load, names
@@ -73,3 +75,12 @@ def test_double(name: str) -> None:
         eager = case.run()
         close = agreement(cover(case, FUSED).output, eager, eager)
     assert close.ok, str(close)
+
+
+def test_capture_leaves_no_fake_tensors_in_the_models_caches() -> None:
+    """Qwen-Image keeps its rotary table in an `lru_cache` within a closure: a second capture must not meet the first's."""
+    case = load("qwen-image-dit", dtype=torch.float64)
+    results = [case.run(pvae_compile(case.model, regions="whole", engine="eager")) for _ in range(2)]
+    eager = case.run(restore(case.model))
+    for result in results:
+        torch.testing.assert_close(result, eager, rtol=1e-12, atol=1e-12)

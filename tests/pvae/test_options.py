@@ -57,7 +57,28 @@ def test_booleans_and_none_mean_what_they_say() -> None:
         ({"expect": 3}, {}, "expect takes a dict such as"),
         ({"rewrite_limit": "few"}, {}, "rewrite_limit='few' is not a whole number"),
         ({"rewrite_limit": -1}, {}, "rewrite_limit=-1 is negative"),
-        ({"shard": "rings"}, {}, "valid values of shard: none, halo, patch, tile, auto"),
+        ({"shard": "rings"}, {}, "valid values of shard: none, halo, patch, tile, sequence, auto"),
+        ({"shard_inputs": 1}, {}, r"shard_inputs takes a dict .* such as \{'hidden_states': 1\}, not 1"),
+        ({"shard_inputs": {}}, {}, "shard_inputs takes a dict"),
+        ({"shard_inputs": {"x": "rows"}}, {}, "'x' is split along 'rows', which is not a dimension such as 1"),
+        ({"shard_inputs": {"x": 1.5}}, {}, "'x' is split along 1.5"),
+        ({"shard_inputs": {"x": True}}, {}, "'x' is split along True"),
+        ({"shard_inputs": {"x": (None, None)}}, {}, "'x' is split along"),
+        ({"shard_inputs": {"x": (0, 1, 2)}}, {}, "'x' is split along"),
+        ({"shard_inputs": {"x": (1, 1)}}, {}, "both axes of the mesh split dimension 1 of 'x'"),
+        ({}, {"PVAE_SHARD_INPUTS": "hidden_states"}, "'hidden_states' is split along ''"),
+        (
+            {"shard_inputs": {"x": 1}},
+            {},
+            "shard_inputs is for shard='sequence' and 'auto'; shard='none' does not read it",
+        ),
+        (
+            {"shard": "sequence", "shard_inputs": {"x": (0, 1)}},
+            {},
+            "'x' is split along .* for a mesh of 2 axes; say mesh='2x2'",
+        ),
+        ({"shard": "sequence", "shard_dims": "h"}, {}, "shard_dims: shard='sequence' splits tokens, not pictures"),
+        ({"shard": "sequence"}, {"PVAE_PATCH_CONTEXT": "2"}, "patch_context: shard='sequence' splits tokens"),
         ({"mesh": "2x2x2"}, {}, "mesh='2x2x2' is not a number of ranks such as 4, or rows x columns"),
         ({"mesh": "0"}, {}, "mesh='0' is not a number of ranks"),
         ({"patch_context": -1}, {}, "patch_context=-1 is negative"),
@@ -104,9 +125,9 @@ def test_the_environment_wins_and_disable_is_the_union() -> None:
     }
     found = parse_options(given, environment)
     assert (found.conv3d, found.disable, found.rewrite_limit) == ("unfold2d", ("fold_pad", "canonicalize"), 0)
-    assert (
-        str(found.pipeline)
-        == "prefix_attention,drop_zero_taps,shard,fuse_modulation,fuse_residual_gate,conv_dtype,conv3d_unfold,channels_last"
+    assert str(found.pipeline) == (
+        "prefix_attention,drop_zero_taps,main_rank,shard,inline_main_rank,fuse_modulation,fuse_residual_gate,conv_dtype,"
+        "conv3d_unfold,channels_last"
     )
     assert parse_options({}, {"PVAE_REWRITE_LIMIT": ""}).rewrite_limit is None
 
@@ -118,6 +139,22 @@ def test_sharding_in_the_environment() -> None:
     assert parse_options({"mesh": 4}, {}).mesh == (4,)
     assert parse_options({"mesh": (2, 2)}, {}).mesh == (2, 2)
     assert parse_options({"mesh": "auto"}, {}).mesh is None
+
+
+def test_inputs_that_are_split() -> None:
+    """By code and by the environment the same."""
+    for given, text in (
+        ({"hidden_states": 1}, "hidden_states=1"),
+        ({"hidden_states": -2, "text": (None, 1)}, "hidden_states=-2, text=none:1"),
+        ({"hidden_states": (0, 1), "t": (0, None)}, "hidden_states=0:1,t=0:none"),
+    ):
+        asked = {"shard": "sequence", "mesh": "2x2"}
+        found = parse_options({**asked, "shard_inputs": given}, {})
+        assert found.shard_inputs == given
+        assert parse_options(asked, {"PVAE_SHARD_INPUTS": text}) == found
+        assert found.key() != parse_options(asked, {}).key()
+    for nothing in (None, "auto", ""):
+        assert parse_options({"shard_inputs": nothing}, {}).shard_inputs is None
 
 
 def test_expect_and_passes_in_the_environment() -> None:

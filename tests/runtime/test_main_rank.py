@@ -24,7 +24,7 @@ def sent(make: Callable[[], Any], world: int = 3) -> list[Any]:
         if rank:
             return receive(group, {})
         value = make()
-        send(Parcel.of(value), group)
+        send(Parcel.of(value), group, {})
         return value
 
     return on_threads(world, run)
