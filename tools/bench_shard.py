@@ -17,34 +17,23 @@ import argparse
 import gc
 import importlib
 import json
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 import pvae
 from pvae.module import compile_with, compiled_forwards
 from pvae.options import OptionError, Options, parse_options
 from pvae.passes.pipeline import PipelineError
-from pvae.testing import relative_error
+from pvae.tools.bench_ranks import Comparison, Figures, RowError, World, joined
 from pvae.tools.model_run import Request, RequestError, dtype_name, dtype_named, one_of, options_named, size_named
 from pvae.tools.timing import Timing, measure
 from pvae.tools.zoo import Case, Unsupported
-
-T = TypeVar("T")
-
-
-class RowError(RuntimeError):
-    """A row cannot run, on one rank at least; the message says why."""
-
 
 # Rows ------------------------------------------------------------------------------------------------------------------
 
@@ -122,116 +111,15 @@ def _form(options: Options | None) -> Mapping[str, Any] | None:
     return {"shard": options.shard, "shard_dims": options.shard_dims, "mesh": options.mesh}
 
 
-# Ranks -----------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among the ranks. `control` is a CPU group, on which ranks tell each other what went wrong."""
-
-    rank: int
-    size: int
-    device: torch.device
-    control: dist.ProcessGroup
-
-    def gather(self, value: T) -> list[T]:
-        """Each rank's value, on every rank."""
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.control)
-        return values
-
-    def attempt(self, do: Callable[[], T]) -> T:
-        """`do()`, or on every rank RowError where it raised on any: so all go on with the next row together."""
-        try:
-            result, failure = do(), None
-        except Exception as error:  # told to all ranks and raised below
-            expected = isinstance(error, RowError)
-            said = str(error) if expected else f"{type(error).__name__}: {error}"
-            failure = said, "" if expected else traceback.format_exc()
-        failures = {rank: found for rank, found in enumerate(self.gather(failure)) if found is not None}
-        if not failures:
-            return result
-        rank, (said, trace) = next(iter(failures.items()))
-        if self.rank == 0 and trace:
-            print(trace, file=sys.stderr, flush=True)
-        raise RowError(said if len(failures) == self.size else f"on rank {rank}: {said}")
-
-
-@contextmanager
-def joined(on_gpu: bool, timeout: timedelta) -> Iterator[World]:
-    """The world that torchrun started, one GPU a rank or on CPUs. Raises RequestError if there are too few GPUs."""
-    device = torch.device("cpu")
-    if on_gpu:
-        local = dist.get_node_local_rank()
-        if local >= torch.cuda.device_count():
-            raise RequestError(f"local rank {local} has no GPU: torch sees {torch.cuda.device_count()} here")
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None)
-    try:
-        control = dist.new_group(backend="gloo", timeout=timeout)
-        yield World(dist.get_rank(), dist.get_world_size(), device, control)
-        dist.barrier(group=control)
-    finally:
-        dist.destroy_process_group()
-
-
 # Measuring -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Figures:
-    """A row's figures, over all ranks: the slowest time, the highest peak, the worst error; or why there are none.
-
-    `form` is what `pvae` compiled with: shard, shard_dims and mesh. `peak_gib` is None on CPUs, the errors without
-    `--error-size`, `ratio` where the first row failed.
-    """
-
-    row: str
-    ms: float | None = None
-    ratio: float | None = None
-    first_s: float | None = None
-    peak_gib: float | None = None
-    error: float | None = None
-    eager_error: float | None = None
-    form: Mapping[str, Any] | None = None
-    failed: str = ""
-
-    def __str__(self) -> str:
-        if self.failed:
-            return f"{self.row:16s} failed: {self.failed}"
-        text = f"{self.row:16s} {self.ms:9.2f} ms"
-        text += f" {self.ratio:6.2f}x" if self.ratio is not None else " " * 8
-        text += f"  peak {self.peak_gib:6.2f} GiB" if self.peak_gib is not None else ""
-        text += f"  first {self.first_s:6.1f} s"
-        if self.error is not None:
-            text += f"  error {self.error:.2e} (eager {self.eager_error:.2e})"
-        if self.row == "auto" and self.form:
-            text += "  chose " + " ".join(f"{key}={value}" for key, value in self.form.items())
-        return text
-
-
 class Bench:
-    """The rows of one model on one world. `request` names the model; `error_request` the same at `--error-size`."""
+    """The rows of one model on one world. `request` names the model, `comparison` the same at `--error-size`."""
 
-    def __init__(self, world: World, request: Request, error_request: Request | None, given: Mapping[str, Any]) -> None:
-        self.world, self.request, self.error_request, self.given = world, request, error_request, given
-        self.reference: Tensor | None = None
-        self.eager_error: float | None = None
+    def __init__(self, world: World, request: Request, comparison: Comparison | None, given: Mapping[str, Any]) -> None:
+        self.world, self.request, self.comparison, self.given = world, request, comparison, given
         self.first_ms: float | None = None
-
-    def prepare(self) -> None:
-        """The float64 result at the error size, and eager's own error; each rank computes them."""
-        if self.error_request is not None:
-            case = self.error_request.load()
-            self.reference = case.cast(torch.float64).run().cpu()
-            self.eager_error = self._error(case)
-
-    def _error(self, case: Case) -> float:
-        """The worst rank's."""
-        assert self.reference is not None
-        reference = self.reference
-        return max(self.world.gather(self.world.attempt(lambda: relative_error(case.run().cpu(), reference))))
 
     def _measured(self, row: str, runs: int) -> tuple[list[Timing], Options | None]:
         """Each rank's timing, and what pvae decided to compile with."""
@@ -246,13 +134,6 @@ class Bench:
         timings = self.world.gather(self.world.attempt(lambda: measure(together, self.world.device, runs)))
         return timings, decided(case)
 
-    def _compared(self, row: str, options: Options | None) -> float | None:
-        if self.error_request is None:
-            return None
-        case = self.error_request.load()
-        self.world.attempt(lambda: install(row, case, options))
-        return self._error(case)
-
     def row(self, row: str, runs: int, first: bool) -> Figures:
         """Measure one row; `first` makes it the one that the others' ratios are of."""
         torch._dynamo.reset()
@@ -262,7 +143,9 @@ class Bench:
             torch.cuda.empty_cache()
         try:
             timings, options = self._measured(row, runs)
-            error = self._compared(row, options)
+            error = None
+            if self.comparison is not None:
+                error = self.comparison.error(lambda case: install(row, case, options))
         except RowError as failure:
             return Figures(row, failed=str(failure))
         ms = max(t.median_s for t in timings) * 1e3
@@ -276,7 +159,7 @@ class Bench:
             first_s=max(t.first_s for t in timings),
             peak_gib=max(peaks) / 2**30 if peaks else None,
             error=error,
-            eager_error=self.eager_error,
+            eager_error=None if self.comparison is None else self.comparison.eager_error,
             form=_form(options),
         )
 
@@ -322,8 +205,7 @@ def main() -> int:
             size = size_named(args.size) if args.size else None
             request = Request(args.model, args.part, args.preset, dtype_named(args.dtype), str(world.device), size)
             small = replace(request, size=size_named(args.error_size)) if args.error_size else None
-            bench = Bench(world, request, small, given)
-            bench.prepare()
+            bench = Bench(world, request, None if small is None else Comparison(world, small.load), given)
             results: list[Figures] = []
             for row in rows:
                 results.append(bench.row(row, args.runs, first=not results))

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+Run = Callable[[], object]
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -19,20 +21,26 @@ class Timing:
     peak_bytes: int | None
 
 
-def measure(run: Callable[[], object], device: torch.device, repeats: int) -> Timing:
+def synchronize(device: torch.device) -> None:
+    """Wait for the device's kernels; on a CPU there are none."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(run: Run, device: torch.device) -> float:
+    """Wall time of one call and its kernels."""
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def measure(run: Run, device: torch.device, repeats: int) -> Timing:
     """Call `run` once, once more unmeasured (what is prepared then counts in neither), then `repeats` times."""
     on_gpu = device.type == "cuda"
-
-    def seconds() -> float:
-        start = time.perf_counter()
-        run()
-        if on_gpu:
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    first = seconds()
-    seconds()
+    first = seconds(run, device)
+    seconds(run, device)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    median = statistics.median(seconds() for _ in range(repeats))
+    median = statistics.median(seconds(run, device) for _ in range(repeats))
     return Timing(first, median, torch.cuda.max_memory_allocated(device) if on_gpu else None)
