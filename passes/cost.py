@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.fx import Graph, Node
@@ -30,6 +30,7 @@ from pvae.passes.fusion import (
     Fusion,
     bytes_of,
     elements,
+    exchange_arguments,
     fetch_arguments,
     kind_of,
     row_length,
@@ -37,6 +38,7 @@ from pvae.passes.fusion import (
 )
 from pvae.passes.ir import VIEW_OPS, ConvNode, aten, output_node, placeholders, source_line, value
 from pvae.passes.machine import Machine, interpolate
+from pvae.runtime.exchange import exchange, is_local, movement, whole_of
 from pvae.runtime.fetch import fetch
 from pvae.runtime.fetch_plan import Kind, fetch_plan
 
@@ -134,9 +136,11 @@ def _unfolded(node: Node, flops: float, moved: float, machine: Machine) -> list[
 
 @dataclass(frozen=True)
 class Exchange:
-    """One `fetch` of a graph, seen from its rank, per call. `times` is how often its graph runs.
+    """One `fetch` or `exchange` of a graph, seen from its rank, per call. `times` is how often its graph runs.
 
-    kind      local: nothing moves; exchange: one all-to-all; gather: one all-gather (`runtime.fetch_plan`)
+    kind      local: nothing moves; exchange: one all-to-all; gather: one all-gather (`runtime.fetch_plan`);
+              boxes: one all-to-all of boxes of heads x tokens (`runtime.exchange`), for which dim, have, need and shape are
+              the tokens of its first tensor, taken whole
     whole     every rank needs all of the dimension: the tensor is no longer split by it
     result    what is fetched leaves the graph
     sent, received, messages   bytes and messages of this rank, in one call
@@ -145,7 +149,7 @@ class Exchange:
     node: str
     source: str
     dim: int
-    kind: Kind
+    kind: Kind | Literal["boxes"]
     group: str | None
     have: tuple[int, ...]
     need: tuple[tuple[int, int], ...]
@@ -162,12 +166,27 @@ class Exchange:
 def _leaves(node: Node) -> bool:
     """Whether the graph returns what is fetched, or a view or another fetch of it."""
     return any(
-        user.op == "output" or ((user.target in VIEW_OPS or user.target is fetch) and _leaves(user))
+        user.op == "output" or ((user.target in VIEW_OPS or user.target in (fetch, exchange)) and _leaves(user))
         for user in node.users
     )
 
 
 def _exchange(node: Node, machine: Machine) -> Exchange:
+    return _of_boxes(node, machine) if node.target is exchange else _of_rows(node, machine)
+
+
+def _of_boxes(node: Node, machine: Machine) -> Exchange:
+    given = exchange_arguments(node)
+    moved = movement([value(x) for x in given["xs"]], given["have"], given["need"], given["rank"])
+    kind: Literal["boxes", "local"] = "local" if is_local(given["have"], given["need"]) else "boxes"
+    seconds = machine.exchange_seconds(max(moved.sent, moved.received)) if kind == "boxes" else 0.0
+    _, tokens = whole_of(given["have"][0])
+    shape = tuple(value(given["xs"][0]).shape)
+    what = (node.name, source_line(node), 2, kind, given["group"], tokens, (tokens,), False, _leaves(node), shape)
+    return Exchange(*what, moved.sent, moved.received, moved.messages, seconds)
+
+
+def _of_rows(node: Node, machine: Machine) -> Exchange:
     given = fetch_arguments(node)
     x: torch.Tensor = value(given["x"])
     dim = range(x.dim())[given["dim"]]
@@ -278,7 +297,7 @@ def graph_cost(graph: Graph, machine: Machine, weights: Collection[str] = ()) ->
     kernels: dict[Node, list[_Kernel]] = {}
     exchanges: list[Exchange] = []
     for node in graph.nodes:
-        if node.target is fetch:
+        if node.target in (fetch, exchange):
             exchanges.append(_exchange(node, machine))
         kernels[node] = list(_kernels(node, fusion, machine))
         for kernel in kernels[node]:
@@ -322,6 +341,8 @@ def _kernels(node: Node, fusion: Fusion, machine: Machine) -> Iterator[_Kernel]:
         return
     if node.target is fetch:
         yield from _fetch_kernels(node, read, machine)
+    elif node.target is exchange:
+        yield from _exchange_kernels(node, read)
     elif kind_of(node) == "alone":
         yield from _alone(node, read + bytes_of(node), machine)
     else:
@@ -334,6 +355,16 @@ def _fetch_kernels(node: Node, read: float, machine: Machine) -> Iterator[_Kerne
     if found.kind == "exchange":
         yield _Kernel(0, 1, 2 * found.sent, found.sent + found.received)
     yield _Kernel(0, 1, read + found.received + bytes_of(node), found.received)
+
+
+def _exchange_kernels(node: Node, read: float) -> Iterator[_Kernel]:
+    """Packing the messages, one's own to oneself among them, and bringing what arrived in order where it is not."""
+    given = exchange_arguments(node)
+    moved = movement([value(x) for x in given["xs"]], given["have"], given["need"], given["rank"])
+    if moved.packs:
+        yield _Kernel(0, 1, read + moved.sent, moved.sent)
+    if moved.assembles:
+        yield _Kernel(0, 1, 2 * bytes_of(node), moved.received)
 
 
 def _element_size(node: Node) -> int:

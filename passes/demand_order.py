@@ -7,20 +7,28 @@ other, if whoever runs the graph waits for an exchange no earlier than its resul
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch.fx import Graph, Node
 
 from pvae.passes.ir import aten, output_node
+from pvae.runtime.exchange import exchange
+from pvae.runtime.fetch import fetch
 
 
 def in_demand_order(graph: Graph) -> bool:
     """Reorder `graph` in place: depth first from the output, operands in their order. Dead nodes are removed.
+
+    Collectives keep their order, which is that of all ranks: where pieces are empty, a rank's graph is of another shape.
 
     False, and nothing done, where order means something: inputs are written, or random numbers drawn.
     """
     if any(_is_bound(node) for node in graph.nodes):
         return False
     out = output_node(graph)
+    collectives = [node for node in graph.nodes if node.target in (fetch, exchange)]
+    before = {later: earlier for earlier, later in pairwise(collectives)}
     done: set[Node] = {node for node in graph.nodes if node.op in ("placeholder", "get_attr")}
     todo: list[tuple[Node, bool]] = [(node, False) for node in reversed(out.all_input_nodes)]
     while todo:
@@ -30,7 +38,8 @@ def in_demand_order(graph: Graph) -> bool:
         elif node not in done:
             done.add(node)
             todo.append((node, True))
-            todo += [(operand, False) for operand in reversed(node.all_input_nodes) if operand not in done]
+            first = [before[node]] if node in before else []
+            todo += [(n, False) for n in reversed([*first, *node.all_input_nodes]) if n not in done]
     for node in reversed(graph.nodes):
         if node not in done and node is not out:
             graph.erase_node(node)

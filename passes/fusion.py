@@ -9,7 +9,8 @@ A node is one of five kinds:
                and the nodes fused into it read once, no more of it than they use, and writes its result.
     reduction  a fusible one that has to read its rows to the end first. Rows of up to 4096 elements stay in one kernel; a
                longer one is a kernel of its own for its statistics.
-    fetch      plain torch around a collective: packs what it sends and writes its result, each from what it is made of
+    fetch      plain torch around a collective (also `exchange`): packs what it sends and writes its result, each from what it
+               is made of
     alone      everything else (convolutions, products, attention, opaque ops): reads its inputs and writes its result
 """
 
@@ -23,10 +24,21 @@ from torch.fx import Graph, Node
 
 from pvae.kernels import channels_last
 from pvae.passes.ir import CASTS, VIEW_OPS, aten, value
+from pvae.runtime.exchange import exchange, is_local
 from pvae.runtime.fetch import fetch
 from pvae.runtime.fetch_plan import fetch_plan
 
-__all__ = ["NORMS", "Fusion", "bytes_of", "elements", "fetch_arguments", "kind_of", "row_length", "tensors_of"]
+__all__ = [
+    "NORMS",
+    "Fusion",
+    "bytes_of",
+    "elements",
+    "exchange_arguments",
+    "fetch_arguments",
+    "kind_of",
+    "row_length",
+    "tensors_of",
+]
 
 LONG_ROW = 4096
 
@@ -134,6 +146,9 @@ def kind_of(node: Node) -> str:
         return "fusible"
     if target is fetch:
         return "free" if _local_view(node) else "fetch"
+    if target is exchange:
+        given = exchange_arguments(node)
+        return "free" if is_local(given["have"], given["need"]) else "fetch"
     return "alone"
 
 
@@ -181,6 +196,15 @@ def fetch_arguments(node: Node) -> dict[str, Any]:
     given = {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
     given["have"], given["need"] = tuple(given["have"]), tuple(tuple(pair) for pair in given["need"])
     return given
+
+
+def exchange_arguments(node: Node) -> dict[str, Any]:
+    """The arguments of an `exchange`, `xs` as a tuple of nodes."""
+    names = ("xs", "have", "need", "rank", "group")
+    given = {"rank": 0, "group": None, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+    for name in ("have", "need"):
+        given[name] = tuple(tuple(((a, b), (c, d)) for (a, b), (c, d) in boxes) for boxes in given[name])
+    return {**given, "xs": tuple(given["xs"])}
 
 
 def _local_view(node: Node) -> bool:

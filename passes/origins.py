@@ -430,7 +430,7 @@ def _scatter(o: Origins, node: Node, dim: int) -> Runs | None:
     if dim == at:
         bounds = slice(argument(node, 3, "start"), argument(node, 4, "end"), argument(node, 5, "step", 1))
         start, stop, step = bounds.indices(value(x).shape[dim])
-        around = cut(o.of(x, dim), 0, start), cut(o.of(x, dim), max(start, stop), value(x).shape[dim])
+        around = cut(o.of(x, dim), 0, start), cut(o.of(x, dim), stop, value(x).shape[dim])
         return joined((*around[0], *o.of(written, dim), *around[1])) if step == 1 else None
     both = [(x, dim), (written, dim - (selected and dim > at))]
     active = [place for place in both if place[0] in o.active]

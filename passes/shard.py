@@ -29,7 +29,7 @@ from pvae.passes.placement import Bounds, Factor, Placement, even, spanning
 from pvae.passes.rule import Context, Pass, Record, Report
 from pvae.passes.sequence import NO_TOKENS, check_static, token_cuts
 from pvae.passes.sharder import Sharder, ShardError
-from pvae.runtime.exchange import exchange
+from pvae.runtime.exchange import exchange, is_local
 from pvae.runtime.fetch import fetch
 from pvae.runtime.fetch_plan import fetch_plan
 from pvae.runtime.mesh import Mesh
@@ -214,9 +214,10 @@ def collectives(graph: Graph) -> Iterator[str]:
             x, dim, have, need, _, fill, *rest = node.args
             if len(need) > 1 and fetch_plan(tuple(have), tuple(need), fill).kind != "local":
                 yield f"fetch {value(x).dtype} dim {dim} of {have}: {need} {fill} {rest[1:]}"
-        elif node.target is exchange:
+        elif node.target is exchange and not is_local(*node.args[1:3]):
             xs, have, need, *_ = node.args
-            yield f"exchange {[value(x).dtype for x in xs]} of {have}: {need}"
+            kinds = [(value(x).dtype, value(x).shape[0], value(x).shape[3]) for x in xs]
+            yield f"exchange {kinds} of {have}: {need}"
 
 
 SHARD = Pass(

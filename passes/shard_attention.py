@@ -192,7 +192,7 @@ def _heads(s: Sharder, found: Attention, groups: int) -> Node:
         cut = (first, first + my_heads[1] - my_heads[0])
         mine[1:] = [s.pick(s.build(aten.repeat_interleave.self_int, x, ratio, 1), 1, [cut]) for x in mine[1:]]
     mask = None if found.mask is None else _mask_of(s, found.mask, placement, queries, keys, my_heads, my_rows)
-    result = found.call(s, *mine, mask, grouped)
+    result = found.call(s, mine[0], mine[1], mine[2], mask, grouped)
     back = s.build(exchange, [result], (need[0],), (have[0],), rank, group)
     s.exchanged("heads", back, "heads for tokens", _sent([result]))
     own = s.build(operator.getitem, back, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from math import prod
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -165,10 +166,16 @@ def sliced(s: Sharder, x: Node, dim: int, start: int, stop: int, step: int) -> N
 
 def _of_segments(s: Sharder, x: Node, dim: int, factor: Factor, start: int, stop: int) -> Node:
     """What every rank holds of `[start, stop)` of a dimension of several segments: nothing moves."""
-    rank, at, held = s.rank(factor), 0, 0
+    new, rows = _held_of(factor, s.rank(factor), start, stop)
+    return s.place(s.pick(x, dim, rows), s[x].with_dim(dim, [new]))
+
+
+def _held_of(factor: Factor, rank: int, start: int, stop: int) -> tuple[Factor, list[tuple[int, int]]]:
+    """`[start, stop)` of a split dimension, cut as that is, and where a rank holds its pieces among its own rows."""
+    at, held = 0, 0
     kept: list[Factor] = []
     rows: list[tuple[int, int]] = []
-    for part in factor.parts:
+    for part in factor.parts or (factor.bounds,):
         lo, hi = (min(max(edge - at, 0), part[-1]) for edge in (start, stop))
         if lo < hi:
             bounds = tuple(min(max(b, lo), hi) - lo for b in part)
@@ -176,8 +183,7 @@ def _of_segments(s: Sharder, x: Node, dim: int, factor: Factor, start: int, stop
             first = held + max(lo - part[rank], 0)
             rows.append((first, first + bounds[rank + 1] - bounds[rank]))
         at, held = at + part[-1], held + part[rank + 1] - part[rank]
-    new = concatenated(kept) if kept else Factor(0)
-    return s.place(s.pick(x, dim, rows), s[x].with_dim(dim, [new]))
+    return (concatenated(kept) if kept else Factor(0)), rows
 
 
 def along(s: Sharder, x: Node, dim: int, op: IndexMap, step: int = 1) -> Node:
@@ -219,18 +225,16 @@ def cat(s: Sharder, node: Node) -> Node:
     if not split:
         placement = s[parts[0]].with_dim(dim, [Factor(sum(sizes))])
         return s.emit(placement, aten.cat.default, parts, dim)
-    axis = {f.axis for x in split for f in s[x].dims[dim]}
-    if s.sequence and len(axis) == 1 and all(s[x].segments(dim) for x in split):  # its own pieces of all: nothing moves
-        (one_axis,) = axis
-        parts = [x if x in split else _evenly(s, x, dim, one_axis) for x in parts]
-        factor = concatenated([s[x].dims[dim][0] for x in parts])
-        return s.emit(s[parts[0]].with_dim(dim, [factor]), aten.cat.default, parts, dim)
+    axes = {f.axis for x in split for f in s[x].dims[dim]}
+    if s.sequence and len(axes) == 1 and all(s[x].segments(dim) for x in split):  # its own pieces of all: nothing moves
+        parts = [x if x in split else _evenly(s, x, dim, *axes) for x in parts]
+        joined = concatenated([s[x].dims[dim][0] for x in parts])
+        return s.emit(s[parts[0]].with_dim(dim, [joined]), aten.cat.default, parts, dim)
     tail = _common_tail(s, parts, dim)
     if tail is not None:  # such as frames of tokens, each split alike
         outer = sum(sizes) // prod(f.size for f in tail)
         return s.emit(s[parts[0]].with_dim(dim, [Factor(outer), *tail]), aten.cat.default, parts, dim)
     factor = s[split[0]].one(dim)
-    axes = {f.axis for x in split for f in s[x].dims[dim]}
     if factor is None or factor.axis is None or len(axes) > 1 or s.patch:
         parts = [s.whole(x, [dim]) for x in parts]
         return s.emit(s[parts[0]].with_dim(dim, [Factor(sum(sizes))]), aten.cat.default, parts, dim)
@@ -319,12 +323,30 @@ def roll(s: Sharder, node: Node) -> Node:
 def slice_scatter(s: Sharder, node: Node) -> Node:
     x, source = tensor(node), tensor(node, 1)
     dim = integer(node, 2, "dim", 0) % s[x].ndim
+    factor = s[x].segments(dim)
+    if factor is not None and not s.patch and integer(node, 5, "step", 1) == 1:
+        return _scattered(s, x, source, dim, factor, argument(node, 3, "start"), argument(node, 4, "end"))
     if s[x].splits(dim) or s[source].splits(dim):
         x, source = s.whole(x, [dim]), s.whole(source, [dim])
     placement = broadcast_but(s, x, source, dim)
     x = s.conform(x, placement)
     source = s.conform(source, placement.with_dim(dim, s[source].dims[dim]))
     return s.again(node, placement, {tensor(node): x, tensor(node, 1): source})
+
+
+def _scattered(s: Sharder, x: Node, source: Node, dim: int, factor: Factor, start: Any, stop: Any) -> Node:
+    """`x` with `[start, stop)` of a split dimension written: each rank writes what it holds of that."""
+    start, stop, _ = slice(start, stop).indices(factor.size)
+    part, rows = _held_of(factor, s.rank(factor), start, stop)
+    placement = broadcast_but(s, x, source, dim)
+    x = s.conform(x, placement)
+    source = s.conform(source, placement.with_dim(dim, [part]))
+    at = 0
+    for lo, hi in rows:  # empty ones too: on every rank the source is read, and so fetched
+        piece = s.build(aten.slice.Tensor, source, dim, at, at + hi - lo)
+        x = s.build(aten.slice_scatter.default, x, piece, dim, lo, hi)
+        at += hi - lo
+    return s.place(x, placement)
 
 
 def broadcast_but(s: Sharder, x: Node, other: Node, dim: int) -> Placement:

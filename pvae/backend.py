@@ -30,7 +30,7 @@ from pvae.passes.shard import NO_PICTURE, collectives
 from pvae.passes.shard_choice import Choice
 from pvae.ranks import Ranks, ShardedGraph, all_ranks, ranks_of, stated, world_size
 from pvae.report import GraphReport, Registry
-from pvae.runtime.cuda_graph import CudaGraphed
+from pvae.runtime.cuda_graph import CudaGraphed, release_all
 from pvae.runtime.exchange import exchange
 from pvae.runtime.frozen_weights import FrozenWeights
 from pvae.runtime.sharded_tensor import ShardedTensor
@@ -63,7 +63,11 @@ def complain(options: Options, where: str, text: str) -> None:
 
 
 def reset() -> None:
-    """Forget every report, shared compile and rewrite count of this process."""
+    """Forget every report, shared compile, rewrite count and CUDA graph of this process.
+
+    With `cudagraphs` on several ranks call it before `torch.distributed.destroy_process_group()`, which waits for graphs.
+    """
+    release_all()
     REGISTRY.clear()
     _COUNTERS.clear()
     _SHARED.clear()

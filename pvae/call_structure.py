@@ -1,8 +1,8 @@
 """The arguments and results of a call, as flat tensors plus structure: the key of a capture, and the replay of its effects.
 
-A model may write into lists that it is given (Wan's decoder keeps a cache per convolution so). The lists and dicts among
-the arguments are therefore compared before and after the traced call, and what changed is replayed into the caller's own
-objects at every later call.
+A model may write into lists that it is given (Wan's decoder keeps a cache per convolution so). The lists, dicts and plain
+objects (GLM-Image's KV caches) among the arguments are therefore compared before and after the traced call, and what changed
+is replayed into the caller's own objects at every later call.
 """
 
 from __future__ import annotations
@@ -30,7 +30,20 @@ CONSTANTS = (
     torch.memory_format,
     enum.Enum,
 )
-Box = list[Any] | dict[Any, Any]
+Box = Any  # a list, a dict, or an object that `is_record`
+
+
+def is_record(value: Any) -> bool:
+    """Whether `value` is an object that is its attributes and no more, such as the KV caches of GLM-Image: its class has no
+    bases, no slots and no state in C."""
+    kind = type(value)
+    plain = kind.__mro__ == (kind, object) and kind.__new__ is object.__new__ and "__slots__" not in vars(kind)
+    return plain and hasattr(value, "__dict__") and not callable(value)
+
+
+def content_of(box: Box) -> Any:
+    """What a box holds: a list or dict itself, of an object its attributes."""
+    return box if isinstance(box, (list, dict)) else vars(box)
 
 
 is_dense = torch.ops.aten.is_non_overlapping_and_dense.default
@@ -67,6 +80,9 @@ def describe(value: Any, tensors: list[torch.Tensor], boxes: list[Box], *, strid
         return "dict", *[(k, describe(v, tensors, boxes, strides=strides)) for k, v in value.items()]
     if isinstance(value, CONSTANTS):
         return kind, value
+    if is_record(value) and not any(box is value for box in boxes):  # one that holds itself is not taken apart
+        boxes.append(value)
+        return kind, *[(k, describe(v, tensors, boxes, strides=strides)) for k, v in vars(value).items()]
     raise TypeError(f"{kind.__module__}.{kind.__qualname__}")
 
 
@@ -97,8 +113,8 @@ def _tensor_names(name: str, value: Any) -> list[str]:
     if isinstance(value, torch.Tensor):
         return [name]
     items: Iterable[tuple[Any, Any]] = ()
-    if type(value) is dict:
-        items = value.items()
+    if type(value) is dict or is_record(value):
+        items = content_of(value).items()
     elif isinstance(value, (list, tuple)):
         items = enumerate(value)
     return [n for key, v in items for n in _tensor_names(f"{name}_{key}", v)]
@@ -108,7 +124,8 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
     """The tensors in `value` themselves, in the order of `describe`."""
     if isinstance(value, torch.Tensor):
         return [value]
-    items = value.values() if type(value) is dict else value if isinstance(value, (list, tuple)) else ()
+    mapping = type(value) is dict or is_record(value)
+    items = content_of(value).values() if mapping else value if isinstance(value, (list, tuple)) else ()
     return [tensor for item in items for tensor in tensors_of(item)]
 
 
@@ -151,6 +168,11 @@ class Rebuilder:
             self.boxes.append(table)
             table.update({k: self(v) for k, v in value.items()})
             return table
+        if is_record(value):
+            record = object.__new__(type(value))
+            self.boxes.append(record)
+            vars(record).update({k: self(v) for k, v in vars(value).items()})
+            return record
         return value
 
 
@@ -215,7 +237,8 @@ class Templates:
 
     def content(self, box: Box) -> Any:
         """What a container holds, item by item (the container itself is the caller's)."""
-        return [self(v) for v in box] if isinstance(box, list) else {k: self(v) for k, v in box.items()}
+        held = content_of(box)
+        return [self(v) for v in held] if isinstance(held, list) else {k: self(v) for k, v in held.items()}
 
 
 def fill(template: Any, outputs: Sequence[Any], inputs: Sequence[Any], boxes: Sequence[Box]) -> Any:
@@ -239,7 +262,7 @@ def write_back(
 ) -> None:
     """Leave in the caller's own containers what a call left in them: `effects` are (number of the container, template)."""
     for index, template in effects:
-        content, box = fill(template, outputs, inputs, boxes), boxes[index]
+        content, box = fill(template, outputs, inputs, boxes), content_of(boxes[index])
         box.clear()
         if isinstance(box, list):
             box.extend(content)

@@ -323,7 +323,7 @@ class _Exchange(_Meeting):
             raise LockstepError(f"{self}: boxes of other numbers of ranks; need {self.need}")
         for i, (x, held, wanted) in enumerate(zip(self.xs, self.have, self.need, strict=True)):
             heads, tokens = _owners(held).shape
-            if any(a < 0 or b > heads or c < 0 or d > tokens for (a, b), (c, d) in wanted):
+            if any(a < b and c < d and (a < 0 or b > heads or c < 0 or d > tokens) for (a, b), (c, d) in wanted):
                 raise LockstepError(f"{self}: tensor {i} is of {heads} heads and {tokens} tokens; need {wanted}")
             (a, b), (c, d) = held[self.rank]
             if x.dim() != 4 or x.shape[1:3] != (b - a, d - c):

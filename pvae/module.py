@@ -28,6 +28,7 @@ from pvae.call_structure import (
     Templates,
     Unknown,
     argument_names,
+    content_of,
     describe,
     fill,
     same_layout,
@@ -84,7 +85,7 @@ class Program:
         if not (self.returns_inputs or self.mutated):
             # What the call overwrites is freed as it is read: nobody but the compiled graph may hold it.
             for index, _ in self.effects:
-                boxes[index].clear()
+                content_of(boxes[index]).clear()
             tensors.clear()
         outputs = self.compiled(inputs)
         if self.returns_inputs or self.mutated:

@@ -50,7 +50,7 @@ Boxes = tuple[tuple[Box, ...], ...]  # of each tensor, of each rank
 
 def _all_to_all(flat: Tensor, receive: list[int], send: list[int], group: str | None) -> Tensor:
     ops = torch.ops._c10d_functional
-    return ops.wait_tensor(ops.all_to_all_single(flat, receive, send, group))
+    return ops.wait_tensor(ops.all_to_all_single(flat.contiguous(), receive, send, group))
 
 
 # -----------------------------------------------------------------------------------------------------------------------
@@ -86,13 +86,12 @@ def exchange(xs: Sequence[Tensor], have: Boxes, need: Boxes, rank: int = 0, grou
 
     plan = _plan(have, need, rank, _bundles(xs, have, need))
     flat = [x.permute(2, 0, 1, 3) for x in xs]  # as they travel
-    units = [xs[route.tensors[0]].shape[0] * xs[route.tensors[0]].shape[3] for route in plan.routes]
     world = range(len(have[0]))
-    send = [sum(route.send[p].size * unit for route, unit in zip(plan.routes, units, strict=True)) for p in world]
-    receive = [sum(route.receive[p].size * unit for route, unit in zip(plan.routes, units, strict=True)) for p in world]
-    received = _all_to_all(_packed(plan, flat), receive, send, group)
-    sizes = [route.receive[p].size * unit for p in world for route, unit in zip(plan.routes, units, strict=True)]
-    messages = received.split(sizes)
+    routes = [(route, xs[route.tensors[0]].shape[0] * xs[route.tensors[0]].shape[3]) for route in plan.routes]
+    send = [sum(route.send[p].size * unit for route, unit in routes) for p in world]
+    arriving = [[route.receive[p].size * unit for route, unit in routes] for p in world]
+    received = _all_to_all(_packed(plan, flat), list(map(sum, arriving)), send, group)
+    messages = received.split([size for sizes in arriving for size in sizes])
 
     results: list[Tensor] = list(xs)
     for index, route in enumerate(plan.routes):
@@ -325,17 +324,16 @@ def _bands(need: _Block, receive: Sequence[_Block]) -> Iterator[tuple[_Piece, ..
                 block = receive[p]
                 start = sum(map(_length, block.heads[:i]))
                 stop = start + _length(block.heads[i])
-                if band and band[-1].source == p and band[-1].rows[1] == start:
+                if band and band[-1].source == p:  # the tensor before this one stands next to it in the message too
                     start = band.pop().rows[0]
                 band.append(_Piece(p, (first - block.tokens[0], last - block.tokens[0]), (start, stop)))
         yield tuple(band)
 
 
 def _in_order(route: _Route) -> bool:
-    """Whether the messages, end to end, are the result: all the needed heads in each, and tokens in order."""
+    """Whether the messages, end to end, are the result: tokens in order, and so all the needed heads in each."""
     blocks = [block for block in route.receive if block.size]
-    rows = all(block.rows == route.need.rows for block in blocks)
-    return rows and all(a.tokens[1] == b.tokens[0] for a, b in pairwise(blocks))
+    return all(a.tokens[1] == b.tokens[0] for a, b in pairwise(blocks))
 
 
 def _merged(blocks: Sequence[_Block]) -> list[_Block]:

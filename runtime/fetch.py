@@ -50,7 +50,7 @@ def fetch(
     """Rows `need[rank]` of dimension `dim`, of which this rank holds rows `[have[rank], have[rank + 1])`, which is `x`.
 
     Args:
-        x: this rank's piece, of any dtype and any memory format.
+        x: this rank's piece, of any dtype (complex too) and any memory format.
         have: global bounds `0, b1, ..., size` of the pieces, which may be uneven or empty; one more than there are ranks.
         need: `[start, stop)` of each rank in global rows; they may overlap, be empty, and leave `[0, size)`.
         rank: this process's rank in the group. An argument, so that the graph of any rank can be made anywhere.
@@ -80,6 +80,9 @@ def fetch(
     order = list(range(x.dim()))
     if channels_last and x.dim() >= 4:
         order = [0, *order[2:], 1]
+    if is_complex := x.is_complex():  # neither NCCL nor Inductor knows them: as real numbers in pairs, inside all else
+        order.append(x.dim())
+        x = torch.view_as_real(x.resolve_conj())
     axis = order.index(dim)
     outer, inner = [x.shape[d] for d in order[:axis]], [x.shape[d] for d in order[axis + 1 :]]
     own = x.permute(order).reshape(math.prod(outer), x.shape[dim], math.prod(inner))
@@ -103,7 +106,8 @@ def fetch(
     else:
         result = parts[0].contiguous()
     inverse = [order.index(d) for d in range(x.dim())]
-    return result.reshape(*outer, result.shape[1], *inner).permute(inverse)
+    result = result.reshape(*outer, result.shape[1], *inner).permute(inverse)
+    return torch.view_as_complex(result) if is_complex else result
 
 
 def fetched_like(

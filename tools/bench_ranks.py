@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+import pvae
 from pvae.testing import relative_error
 from pvae.tools.model_run import RequestError
 from pvae.tools.zoo import Case
@@ -72,6 +73,7 @@ def joined(on_gpu: bool, timeout: timedelta) -> Iterator[World]:
         yield World(dist.get_rank(), dist.get_world_size(), device, control)
         dist.barrier(group=control)
     finally:
+        pvae.reset()  # CUDA graphs hold communicators
         dist.destroy_process_group()
 
 

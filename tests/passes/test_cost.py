@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import getitem
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch.fx import Graph, Node
 from pvae.passes.cost import Cost, CostError, graph_cost
 from pvae.passes.ir import Builder, output_node, placeholders
 from pvae.passes.machine import H200, MACHINES, MachineError, machine_named
+from pvae.runtime.exchange import Box, exchange
 from pvae.runtime.fetch import fetch
 from pvae.testing import capture, rewrite
 from pvae.tools.model_run import Request
@@ -200,6 +202,59 @@ def test_what_one_sends_another_receives(data: st.DataObject) -> None:
     ranks = [graph_cost(fetching(rank, need, have), H200).exchanges for rank in range(world)]
     assert len({len(found) for found in ranks}) == 1
     assert sum(e.sent for found in ranks for e in found) == sum(e.received for found in ranks for e in found)
+
+
+# Heads and tokens of 3 ranks: tokens are split, heads are needed; of grouped queries there are fewer keys
+TOKENS = tuple(((0, 6), (a, b)) for a, b in ((0, 8), (8, 12), (12, 16)))
+HEADS = tuple(((2 * r, 2 * r + 2), (0, 16)) for r in range(3))
+KEY_TOKENS, KEY_HEADS = tuple(((0, 3), t) for _, t in TOKENS), tuple(((r, r + 1), (0, 16)) for r in range(3))
+
+
+def attending(rank: int, keys: bool, have: tuple[Box, ...] = TOKENS, need: tuple[Box, ...] = HEADS) -> Graph:
+    """Attention of sin(q) with k and v (of half the heads), exchanged by hand on the way there and back."""
+    (a, b), (c, d) = have[rank]
+    of_keys = (KEY_TOKENS, KEY_HEADS) if keys else (have, need)
+    xs = [torch.randn(1, h, d - c, 8) for h in (b - a, *[3 if keys else b - a] * 2)]
+    graph = capture(lambda q, k, v: [q.sin(), k + 1, v + 1], *xs).gm.graph
+    out = output_node(graph)
+    build, group = Builder(out), "group"
+    qkv = build(exchange, list(out.args[0]), (have, *[of_keys[0]] * 2), (need, *[of_keys[1]] * 2), rank, group)
+    sdpa = torch.ops.aten.scaled_dot_product_attention.default
+    attended = build(sdpa, *(build(getitem, qkv, i) for i in range(3)), enable_gqa=keys)
+    back = build(exchange, [attended], (need,), (have,), rank, group)
+    out.args = ((build(getitem, back, 0),),)
+    return graph
+
+
+@pytest.mark.parametrize("keys", [False, True])
+def test_heads_for_tokens(keys: bool) -> None:
+    """Of rank 0's 8 tokens of 6 heads two thirds go; it gets 8 tokens of 2 heads. The way back carries only the queries."""
+    place = 8 * F32  # of one head and token
+    cost = graph_cost(attending(0, keys), H200)
+    there, back = cost.exchanges
+    heads = 4 + (2 * 2 if keys else 4 * 2)
+    assert (there.kind, there.group, there.messages, there.result, there.have) == ("boxes", "group", 2, False, (0, 16))
+    assert (there.sent, there.received) == (8 * heads * place, 8 * heads // 2 * place)
+    assert (back.sent, back.received, back.result) == (8 * 2 * place, 8 * 4 * place, True)
+    assert cost.exchange == there.seconds + back.seconds == 40e-6
+    # One kernel packs, with what computes q, k and v in it; attention; nothing on the way but the copy of what came back.
+    assert cost.kernels == 3
+
+
+@given(st.data())
+def test_what_one_sends_another_receives_of_boxes(data: st.DataObject) -> None:
+    cuts = [0, *sorted(data.draw(st.lists(st.integers(0, 16), min_size=2, max_size=2))), 16]
+    have = tuple(((0, 6), (cuts[r], cuts[r + 1])) for r in range(3))
+    need = data.draw(st.permutations(HEADS))
+    ranks = [graph_cost(attending(rank, False, have, tuple(need)), H200).exchanges for rank in range(3)]
+    assert all(len(found) == 2 for found in ranks)
+    for each in zip(*ranks, strict=True):
+        assert sum(e.sent for e in each) == sum(e.received for e in each) > 0
+
+
+def test_boxes_that_stay_are_no_exchange() -> None:
+    cost = graph_cost(attending(1, False, HEADS, HEADS), H200)
+    assert not cost.exchanges and cost.exchange == 0
 
 
 def test_exchange_times_are_those_measured() -> None:

@@ -1,10 +1,12 @@
-"""lockstep: what a fetch means, held against `torch.nn.functional.pad`; sharded graphs by hand; what would hang a real world."""
+"""lockstep: what a fetch means, held against `torch.nn.functional.pad`, and an exchange, against slices of the whole; sharded
+graphs by hand; what would hang a real world."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
+from operator import getitem
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from pvae.lockstep import LockstepError, Traffic, all_meshes, lockstep, simulated_mesh
+from pvae.runtime.exchange import Boxes, exchange
 from pvae.runtime.fetch import fetch
 from pvae.runtime.mesh import Mesh, make_mesh
 
@@ -173,6 +176,136 @@ def test_meshes() -> None:
     assert [mesh.coordinates for mesh in all_meshes((2, 3))] == [(a, b) for a in range(2) for b in range(3)]
     with pytest.raises(ValueError, match="holds ranks 0 to 3, not 4"):
         simulated_mesh((2, 2), 4)
+
+
+# --- exchanges -----------------------------------------------------------------------------------------------------------
+
+# Heads x tokens on 4 ranks: by tokens, by heads (rank 3 has none), and some of both; the last of grouped queries
+BY_TOKENS = tuple(((0, 4), row) for row in ((0, 3), (3, 4), (4, 4), (4, 9)))
+BY_HEADS = (((0, 2), (0, 9)), ((2, 3), (0, 9)), ((3, 4), (0, 9)), ((4, 4), (0, 9)))
+BY_BOTH = (((0, 4), (0, 2)), ((0, 1), (2, 9)), ((1, 4), (2, 5)), ((1, 4), (5, 9)))
+OVERLAPPING = (((1, 3), (0, 9)), ((0, 4), (2, 6)), ((0, 0), (0, 0)), ((3, 4), (8, 9)))
+KEYS = tuple(((0, 2), tokens) for _, tokens in BY_TOKENS), tuple(((min(r, 2), min(r + 1, 2)), (0, 9)) for r in range(4))
+
+
+def exchanging(mesh: Mesh, have: Boxes, need: Boxes, **others: Any) -> GraphModule:
+    """The graph that exchanges its inputs over axis 0 of the mesh, and no more."""
+    graph = Graph()
+    xs = [graph.placeholder(f"x{i}") for i in range(len(have))]
+    given = {"rank": mesh.coordinates[0], "group": mesh.groups[0], **others}
+    got = graph.call_function(exchange, (xs, have, need), given)
+    graph.output(tuple(graph.call_function(getitem, (got, i)) for i in range(len(have))))
+    return GraphModule({}, graph)
+
+
+def boxes_of(wholes: Sequence[Tensor], have: Boxes, rank: int) -> list[Tensor]:
+    return [x[:, slice(*held[rank][0]), slice(*held[rank][1])] for x, held in zip(wholes, have, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("have", "need"),
+    [
+        ((BY_TOKENS,) * 3, (BY_HEADS,) * 3),
+        ((BY_HEADS,), (BY_TOKENS,)),
+        ((BY_TOKENS, KEYS[0], KEYS[0]), (BY_HEADS, KEYS[1], KEYS[1])),
+        ((BY_BOTH, BY_TOKENS), (OVERLAPPING, BY_BOTH)),
+    ],
+    ids=["forth", "back", "grouped queries", "any boxes"],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64], ids=str)
+def test_boxes_are_slices_of_the_whole(dtype: torch.dtype, have: Boxes, need: Boxes) -> None:
+    wholes = [torch.randn(2, max(heads[1] for heads, _ in held), 9, 3, dtype=dtype) for held in have]
+    traffic = [Traffic() for _ in range(4)]
+    graphs = [exchanging(mesh, have, need) for mesh in all_meshes((4,))]
+    outputs = lockstep(graphs, [boxes_of(wholes, have, rank) for rank in range(4)], traffic)
+    for rank, got in enumerate(outputs):
+        assert all(torch.equal(y, x) for y, x in zip(got, boxes_of(wholes, need, rank), strict=True))
+    # Heads x tokens that a rank needs and does not hold, counted place by place
+    place = 2 * 3 * dtype.itemsize
+    for rank, found in enumerate(traffic):
+        foreign = 0
+        for held, wanted in zip(have, need, strict=True):
+            (a, b), (c, d) = wanted[rank]
+            (e, f), (g, h) = held[rank]
+            foreign += sum(not (e <= i < f and g <= j < h) for i in range(a, b) for j in range(c, d))
+        assert (found.collectives, found.received) == (1, foreign * place)
+    assert sum(t.sent for t in traffic) == sum(t.received for t in traffic)
+
+
+def test_attention_over_split_tokens() -> None:
+    """Heads for tokens, attention, tokens for heads, on both lines of a 2 x 2 mesh; views of what comes out as of the real."""
+    q, k, v = torch.randn(3, 2, 4, 7, 8, dtype=torch.float64)
+    rows, heads = ((0, 4), (4, 7)), ((0, 2), (2, 4))
+    by_tokens, by_heads = tuple(((0, 4), r) for r in rows), tuple((h, (0, 7)) for h in heads)
+    graphs, inputs, meshes = [], [], all_meshes((2, 2))
+    for mesh in meshes:
+        graph, (branch, place) = Graph(), mesh.coordinates
+        xs = [graph.placeholder(name) for name in "qkv"]
+        got = graph.call_function(exchange, (xs, (by_tokens,) * 3, (by_heads,) * 3, place, mesh.groups[1]))
+        qkv = tuple(graph.call_function(getitem, (got, i)) for i in range(3))
+        y = graph.call_function(torch.ops.aten.scaled_dot_product_attention.default, qkv)
+        back = graph.call_function(exchange, ([y], (by_heads,), (by_tokens,), place, mesh.groups[1]))
+        y = graph.call_function(torch.transpose, (graph.call_function(getitem, (back, 0)), 1, 2))
+        graph.output((graph.call_function(Tensor.view, (y, 1, rows[place][1] - rows[place][0], 32)),))
+        graphs.append(GraphModule({}, graph))
+        inputs.append([x[branch : branch + 1, :, slice(*rows[place])] for x in (q, k, v)])
+    expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    for mesh, (got,) in zip(meshes, lockstep(graphs, inputs), strict=True):
+        branch, place = mesh.coordinates
+        torch.testing.assert_close(got, expected[branch : branch + 1, slice(*rows[place])], rtol=1e-12, atol=1e-12)
+
+
+def test_an_exchange_that_moves_nothing_meets_nobody() -> None:
+    whole, inside = torch.randn(1, 4, 9, 2), (((1, 2), (0, 2)), ((0, 0), (3, 4)), ((0, 0), (0, 0)), ((0, 4), (5, 9)))
+    graphs = [exchanging(mesh, (BY_TOKENS,), (inside,)) for mesh in all_meshes((4,))]
+    graphs[2] = graph_of(lambda call, x: (x,))
+    traffic = [Traffic() for _ in range(4)]
+    outputs = lockstep(graphs, [boxes_of([whole], (BY_TOKENS,), rank) for rank in range(4)], traffic)
+    assert torch.equal(outputs[0][0], whole[:, 1:2, :2]) and outputs[0][0].data_ptr() == whole[:, 1:].data_ptr()
+    assert outputs[1][0].shape == (1, 0, 1, 2) and torch.equal(outputs[3][0], whole[:, :, 5:])
+    assert traffic == [Traffic()] * 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"need": ((*BY_HEADS[:3], ((0, 4), (0, 9))),)},
+            r"rank 0 at exchange .* and rank 2 at exchange .* differ in need",
+        ),
+        ({"have": (BY_HEADS,), "need": (BY_TOKENS,)}, r"tensor 0 is \(1, 4, 0, 2\) instead of the box"),
+        ({"have": ((BY_TOKENS[0], BY_TOKENS[0], *BY_TOKENS[2:]),)}, "two ranks hold the same place"),
+        ({"have": ((BY_TOKENS[0], ((0, 3), (3, 4)), *BY_TOKENS[2:]),)}, "leave a place that no rank holds"),
+        ({"need": ((*BY_HEADS[:3], ((3, 5), (0, 9))),)}, "tensor 0 is of 4 heads and 9 tokens"),
+        ({"need": (BY_HEADS[:3],)}, "boxes of other numbers of ranks"),
+        ({"need": (BY_HEADS,) * 2}, "boxes of 1 and 2 tensors for 1"),
+        ({"rank": 4}, "is rank 4 of 4"),
+        ({"rank": 1}, r"instead of the box \(\(0, 4\), \(3, 4\)\)"),
+        ({"group": "lockstep:0,1,3"}, "is not rank 2 of 4 in that group"),
+        ({"group": None}, "needs rows of other ranks and names no group"),
+        ({"dtype": torch.float64}, "differ in dtypes"),
+        ({"inner": 1}, r"differ in batch and inner sizes: \[\(1, 2\)\] and \[\(1, 1\)\]"),
+        ({"fetch": True}, "are at different collectives"),
+        ({"end": True}, "waits for rank 2, whose graph has ended"),
+    ],
+)
+def test_rank_2_differs_at_an_exchange(change: dict[str, Any], message: str) -> None:
+    whole, meshes = torch.zeros(1, 4, 9, 2), all_meshes((4,))
+    inputs = [boxes_of([whole], (BY_TOKENS,), rank) for rank in range(4)]
+    asked = {"have": (BY_TOKENS,), "need": (BY_HEADS,)}
+    graphs = [exchanging(mesh, **asked) for mesh in meshes]
+    if "dtype" in change:
+        inputs[2] = [inputs[2][0].to(change["dtype"])]
+    elif "inner" in change:
+        inputs[2] = [inputs[2][0][..., :1]]
+    elif "fetch" in change:
+        graphs[2] = fetching(meshes[2], 2, HAVE, HALO)
+    elif "end" in change:
+        graphs[2] = graph_of(lambda call, x: (x,))
+    else:
+        graphs[2] = exchanging(meshes[2], **{**asked, **change})
+    with pytest.raises(LockstepError, match=message):
+        lockstep(graphs, inputs)
 
 
 # --- what would hang, or be wrong ----------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from operator import getitem
@@ -141,6 +140,27 @@ def test_heads_over_part_of_the_ranks(batch: int) -> None:
     q, k, v = torch.randn(3, batch, 4, 9, 5, dtype=torch.float64)
     check([q, k, v], (SPLIT,) * 3, (QUERIES, KEYS, KEYS))
     check([q], (QUERIES,), (SPLIT,))
+    for i in (0, 1):  # each alone, and the groups in turn: the same shares of heads are sent again and again
+        turns = tuple((QUERIES, KEYS)[i][r] for r in (0, 2, 1, 3))
+        check([q], (SPLIT,), (turns,))
+        if i == 0:
+            check([q], (turns,), (SPLIT,))
+
+
+def test_keys_of_other_tokens() -> None:
+    """Cross attention: two bundles in one exchange."""
+    q, k = torch.randn(2, 8, 9, 5), torch.randn(2, 8, 6, 5)
+    keys = tuple(((0, 8), row) for row in [(0, 1), (1, 3), (3, 5), (5, 6)])
+    rows = tuple(((0, 8), row) for row in [(0, 3), (3, 4), (4, 5), (5, 9)])
+    check([q, k, k + 1], (rows, keys, keys), (heads_of(8), heads_of(8, 6), heads_of(8, 6)))
+
+
+@pytest.mark.parametrize("to", [0, 3])
+def test_one_rank_alone_needs_something(to: int) -> None:
+    need = tuple(((0, 4), (0, 9)) if rank == to else ((0, 0), (0, 0)) for rank in range(4))
+    check([torch.randn(1, 4, 9, 5)], (SPLIT,), (need,))
+    one = tuple(((0, 4), (0, 9)) if rank == 3 - to else ((0, 0), (0, 0)) for rank in range(4))
+    check([torch.randn(2, 4, 9, 5)], (one,), (need,))
 
 
 def test_a_tiling_that_no_straight_cut_divides() -> None:
@@ -212,6 +232,10 @@ def heads_of(heads: int, tokens: int = 9) -> tuple[Box, ...]:
 def test_what_arrives_is_in_order_and_what_goes_back_is_too(batch: int, heads: tuple[int, ...]) -> None:
     """Views of one buffer, tokens outermost, whatever the split; a result laid out like that is sent as it is."""
     have, need = tuple(tuple(((0, h), row) for row in ROWS) for h in heads), tuple(map(heads_of, heads))
+    wholes = [torch.randn(batch, h, 9, 5) for h in heads]
+    check(wholes, have, need)
+    check(wholes, need, have)
+    check(wholes[:1], need[:1], have[:1])
     with new_fake_mode():
         xs = [torch.empty(batch, 3, h, 5).transpose(1, 2) for h in heads]
         forth = exchanged_like(xs, have, need, 0, "group")
