@@ -259,7 +259,8 @@ class Sharder:
             found = RULES.get(node.target) or (RULES[POINTWISE] if is_pointwise(node) else None)
             try:
                 if found is None:
-                    raise ComputeWhole("no rule for this op")
+                    own = not isinstance(node.target, torch._ops.OpOverload)
+                    raise ComputeWhole("a main-rank region reads the whole" if own else "no rule for this op")
                 new = found(self, node)
             except ComputeWhole as reason:
                 new = self.on_the_whole(node, str(reason))
@@ -271,7 +272,8 @@ class Sharder:
         gathered = {n: self.whole(n) for n in node.all_input_nodes if n in self.placed}
         size = sum(value(n).numel() * value(n).element_size() for n in gathered.values())
         text = f"computed whole on every rank, {size} bytes gathered: {reason}"
-        self.report.refusals.append(Record(str(node.target), node.name, source_line(node), text))
+        name = str(node.target) if isinstance(node.target, torch._ops.OpOverload) else node.target.__name__
+        self.report.refusals.append(Record(name, node.name, source_line(node), text))
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: gathered.get(n, n))
         assert callable(node.target)
         return self.build(node.target, *args, **kwargs)

@@ -297,6 +297,9 @@ class CompiledForward:
                 cuts = input_pieces(capture, tensors, self.options, self.ranks.mesh)
                 if cuts:
                     return cuts
+                before = {i for cuts in self._cuts.values() for i in cuts}
+                names = [n.name for i, n in enumerate(placeholders(capture.gm.graph)) if i in before]
+                report.notes += [f"cut before the graph: {', '.join(names)}"] if names else []
             constants = len(tensor_constants(capture.gm))
             if constants:
                 report.notes.append(f"{constants} tensors made in forward are constants of the graph")

@@ -106,7 +106,7 @@ def test_values_and_irrelevant_strides_are_no_kind() -> None:
 
 def test_arguments_that_cannot_be_compared_run_eagerly() -> None:
     class Thing:
-        pass
+        __slots__ = ()
 
     model, eager = compiled(Toy(lambda self, y, thing: y + 1))
     with pytest.warns(pvae.PvaeWarning, match=r"Toy: runs eagerly: an argument is a .*(Thing|set), which") as caught:

@@ -4,9 +4,10 @@ fail that do not do the same. The scenarios are in `shard_gloo.py`; a session is
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,19 @@ LATEST = SECONDS + 3.0  # twice the grace that a failing rank gives the others, 
 Fared = dict[str, list[dict[str, Any]]]
 
 
-def run(sessions: Sequence[str], folder: Path) -> dict[str, Fared]:
+def run(
+    sessions: Sequence[str], folder: Path, script: str = "shard_gloo.py", worlds: Mapping[str, int] = WORLDS
+) -> dict[str, Fared]:
     """How each rank fared in each scenario that it lived to report. The sessions run side by side."""
-    script, started = Path(__file__).with_name("shard_gloo.py"), []
+    here, started = Path(__file__), []
+    environment = {**os.environ, "PYTHONPATH": str(here.parents[2])}  # scripts import from `tests`
     for name in sessions:
-        command = [sys.executable, str(script), name, str(WORLDS[name])]
-        for rank in range(WORLDS[name]):
+        command = [sys.executable, str(here.with_name(script)), name, str(worlds[name])]
+        for rank in range(worlds[name]):
             with open(folder / f"{name}{rank}.log", "w") as log:
                 where = [str(rank), str(folder / f"{name}.store"), str(folder)]
-                started.append(subprocess.Popen([*command, *where], stdout=log, stderr=subprocess.STDOUT))
+                out = {"stdout": log, "stderr": subprocess.STDOUT}
+                started.append(subprocess.Popen([*command, *where], env=environment, **out))
     try:
         for process in started:
             process.wait(240)
@@ -39,9 +44,10 @@ def run(sessions: Sequence[str], folder: Path) -> dict[str, Fared]:
             process.kill()
     found: dict[str, Fared] = {}
     for name in sessions:
-        files = [folder / f"{name}{rank}.json" for rank in range(WORLDS[name])]
+        files = [folder / f"{name}{rank}.json" for rank in range(worlds[name])]
         ranks = [json.loads(file.read_text()) if file.exists() else {} for file in files]
-        found[name] = {scenario: [rank.get(scenario, {}) for rank in ranks] for scenario in SESSIONS[name]}
+        scenarios = dict.fromkeys(scenario for rank in ranks for scenario in rank)
+        found[name] = {scenario: [rank.get(scenario, {}) for rank in ranks] for scenario in scenarios}
     return found
 
 
@@ -82,7 +88,7 @@ def test_every_rank_has_the_unsharded_result(agreeing: dict[str, Fared], session
 def test_pieces_and_traffic(agreeing: dict[str, Fared]) -> None:
     assert [fared["local"][2] for fared in agreeing["ways"]["results_left_as_pieces"]] == [6, 4, 4]
     for fared in agreeing["zoo"]["wan_decode"]:  # the picture, and keys and values of the attention; no cache
-        assert fared["exchanges"] > 20 and fared["gathers"] == 3
+        assert fared["exchanges"] > 20 and fared["gathers"] == 2  # keys with values, and the frame
     for fared in agreeing["ways"]["patches"]:
         assert 1e-6 < fared["error of little context"] < 0.5
 
