@@ -8,8 +8,8 @@ whole model traced so), and gets a `Choice` that can be printed.
     3. the simplest that is at most 5 % slower than it is taken: no sharding before fewer ranks before one dimension
        before two, rows before columns
 
-Exact forms only (halo), unless approximate ones are asked for, which adds patch. Tiles are a choice of the autoencoder as
-a whole, not of a graph.
+Exact forms only, unless approximate ones are asked for, which adds patch. What works on tokens (a transformer) has the form
+sequence for its exact one, all else halo. Tiles are a choice of the autoencoder as a whole, not of a graph.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from pvae.passes.machine import Machine
 __all__ = ["NONE", "Candidate", "Choice", "Considered", "candidates", "choose", "mesh_shapes"]
 
 MARGIN = 0.05
-_FORMS = ("none", "halo", "patch")
+_FORMS = ("none", "halo", "patch", "sequence")
 _DIMS = ("", "h", "w", "hw")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A form (none, halo, patch), the dimensions that it splits (h, w, hw) and the ranks along each of them."""
+    """A form (none, halo, patch, sequence), the dimensions of pictures that it splits (h, w, hw), the ranks along each."""
 
     form: str
     dims: str = ""
@@ -46,7 +46,7 @@ class Candidate:
         return self.ranks > 1, self.form == "patch", self.ranks, len(self.dims), _DIMS.index(self.dims), self.mesh[::-1]
 
     def __str__(self) -> str:
-        return f"{self.form} {self.dims} {'x'.join(map(str, self.mesh))}" if self.mesh else self.form
+        return " ".join(filter(None, (self.form, self.dims, "x".join(map(str, self.mesh)))))
 
 
 NONE = Candidate("none")
@@ -68,11 +68,13 @@ def candidates(
     approximate: bool = False,
     mesh: tuple[int, ...] | None = None,
     fewer: bool = True,
+    tokens: bool = False,
 ) -> list[Candidate]:
     """The candidates for `world` ranks, the simplest first.
 
     `form`, `dims` and `mesh` fix what they name (`auto` and None leave it open). A form that is fixed rules none out on
     more than one rank; `fewer` takes in meshes of fewer ranks, on which the others compute the same as one of them.
+    `tokens`: what is to be split are tokens, not pictures. Their form takes no `dims`.
     Raises ValueError for a form or dimension that there is not, and for a mesh that does not fit.
     """
     if form not in (*_FORMS, "auto"):
@@ -85,10 +87,12 @@ def candidates(
         raise ValueError(f"a mesh of shape {mesh} is not one of {world} ranks along {dims}")
     if form == "none" or world == 1:
         return [NONE]
-    forms = [form] if form != "auto" else ["halo", "patch"] if approximate else ["halo"]
+    forms = [form] if form != "auto" else ["sequence"] if tokens else ["halo", "patch"] if approximate else ["halo"]
     counts = [n for n in range(2, world + 1) if world % n == 0 and ((fewer and mesh is None) or n == world)]
     names = _DIMS[1:] if dims == "auto" else (dims,)
     found = [NONE] if form == "auto" else []
+    if forms == ["sequence"]:
+        return found + [Candidate("sequence", mesh=(n,) if mesh is None else mesh) for n in counts]
     for count in counts:
         for name in names:
             shapes = mesh_shapes(count, name) if mesh is None else [mesh] if len(mesh) == len(name) else []

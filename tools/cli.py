@@ -288,11 +288,15 @@ def bisect(request: Request, as_json: Json = False) -> None:
 def plan(
     request: Request,
     world: Annotated[str, typer.Option(help="Numbers of ranks.")] = "1,2,4,8",
-    shard: Annotated[str | None, typer.Option(help="halo, patch, none, or auto: what costs least.")] = None,
+    shard: Annotated[str | None, typer.Option(help="halo, patch, sequence, none, or auto: what costs least.")] = None,
     shard_dims: Annotated[str | None, typer.Option(help="auto, h (rows), w (columns), hw.")] = None,
     machine: Annotated[
-        str, typer.Option(help="A preset and constants of your own, as h200,memory=4e12 (an unknown one lists them).")
-    ] = "h200",
+        str | None,
+        typer.Option(
+            help="A preset and constants of your own, as h200,memory=4e12 (an unknown one lists them).",
+            show_default="h200",
+        ),
+    ] = None,
     svg: Annotated[Path | None, typer.Option(help="Draw the partitions here.", show_default=False)] = None,
     as_json: Json = False,
 ) -> None:

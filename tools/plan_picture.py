@@ -1,4 +1,5 @@
-"""Plans as a picture: the plane of each world with its ranks' pieces and halos, as self-contained SVG."""
+"""Plans as a picture, as self-contained SVG: for each world the plane with its ranks' pieces and halos, or a strip for each
+place where tokens are cut."""
 
 from __future__ import annotations
 
@@ -6,11 +7,13 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from itertools import pairwise, product
 
-from pvae.tools.plan import LINES, Cut, Plan
+from pvae.passes.shard_choice import NONE
+from pvae.tools.plan import LINES, Cut, Plan, TokenCut
 
 __all__ = ["picture"]
 
 WIDTH, GAP, MARGIN, HEADER = 420, 40, 24, 64
+STRIP = 34  # pixels of a strip's height
 LEAST = 3  # pixels of a halo band: thinner ones would not be seen
 _HUES = (210, 30, 140, 280, 0, 180, 60, 320)
 _STYLE = """
@@ -24,7 +27,11 @@ _STYLE = """
 def picture(plans: Sequence[Plan]) -> str:
     """An SVG document, a panel for each plan, side by side. Halo bands are to scale, but at least three pixels wide;
     a piece too small for its name has none."""
-    panels = [_Panel(plan, MARGIN + index * (WIDTH + GAP)) for index, plan in enumerate(plans)]
+    panels: list[_Plane | _Strips] = []
+    for index, plan in enumerate(plans):
+        form, of_tokens = plan.candidate.form, plan.slowest.of_tokens
+        kind = _Strips if form == "sequence" or (plan.candidate == NONE and of_tokens) else _Plane
+        panels.append(kind(plan, MARGIN + index * (WIDTH + GAP)))
     width = 2 * MARGIN + len(panels) * (WIDTH + GAP) - GAP
     height = max((panel.bottom for panel in panels), default=0) + MARGIN
     body = "\n".join(line for panel in panels for line in panel.lines())
@@ -34,8 +41,45 @@ def picture(plans: Sequence[Plan]) -> str:
     return f"{head}\n<style>{_STYLE}</style>\n{body}\n</svg>\n"
 
 
-class _Panel:
-    """One plan, drawn from `left` on."""
+def _heading(plan: Plan, left: float) -> Iterator[str]:
+    yield _text(left, 36, "title", f"{plan.world} ranks: {plan.candidate}" if plan.world > 1 else "1 rank")
+    figures = f"{1e3 * plan.seconds:.1f} ms, {plan.alone / plan.seconds:.2f}x, {plan.memory / 2**30:.2f} GiB a rank"
+    yield _text(left, 56, "note", figures)
+
+
+def _fill(rank: int) -> str:
+    hue = _HUES[rank % len(_HUES)]
+    return f'fill="hsl({hue} 70% 88%)" stroke="hsl({hue} 50% 40%)"'
+
+
+class _Strips:
+    """One plan of tokens, drawn from `left` on: for each dimension that is cut a strip of its ranks' pieces, to scale."""
+
+    def __init__(self, plan: Plan, left: int) -> None:
+        self.plan, self.left, self.cuts = plan, left, plan.slowest.token_cuts
+        self.bottom = HEADER + MARGIN + max(len(self.cuts), 1) * (STRIP + MARGIN)
+
+    def lines(self) -> Iterator[str]:
+        yield from _heading(self.plan, self.left)
+        if not self.cuts:
+            yield _text(self.left, HEADER + MARGIN, "note", "nothing is cut")
+        for index, cut in enumerate(self.cuts):
+            yield from self._strip(cut, HEADER + MARGIN + index * (STRIP + MARGIN))
+
+    def _strip(self, cut: TokenCut, top: float) -> Iterator[str]:
+        yield _text(self.left, top - 5, "note", f"dimension {cut.dimension} of {cut.node}, {cut.size}")
+        for rank, (lo, hi) in enumerate(pairwise(cut.bounds)):
+            x, width = self.left + WIDTH * lo / cut.size, WIDTH * (hi - lo) / cut.size
+            size = f'width="{width:.2f}" height="{STRIP}"'
+            if lo < hi:
+                yield f'<rect x="{x:.2f}" y="{top:.2f}" {size} {_fill(rank)}/>'
+            words = f"{lo}-{hi}"
+            if width > 7 * len(words):
+                yield _text(x + width / 2, top + STRIP / 2 + 4, "piece", words)
+
+
+class _Plane:
+    """One plan of pictures, drawn from `left` on."""
 
     def __init__(self, plan: Plan, left: int) -> None:
         self.plan, self.left = plan, left
@@ -55,15 +99,11 @@ class _Panel:
         return HEADER + MARGIN + self.height * row / self.rows.size
 
     def lines(self) -> Iterator[str]:
-        plan = self.plan
-        yield _text(self.left, 36, "title", f"{plan.world} ranks: {plan.candidate}" if plan.world > 1 else "1 rank")
-        figures = f"{1e3 * plan.seconds:.1f} ms, {plan.alone / plan.seconds:.2f}x, {plan.memory / 2**30:.2f} GiB a rank"
-        yield _text(self.left, 56, "note", figures)
+        yield from _heading(self.plan, self.left)
         pieces = list(product(pairwise(self.rows.bounds), pairwise(self.columns.bounds)))
         for rank, ((top, bottom), (left, right)) in enumerate(pieces):
-            hue = _HUES[rank % len(_HUES)]
             if top < bottom and left < right:
-                yield self._box(left, top, right, bottom, f'fill="hsl({hue} 70% 88%)" stroke="hsl({hue} 50% 40%)"')
+                yield self._box(left, top, right, bottom, _fill(rank))
         for rank, ((top, bottom), (left, right)) in enumerate(pieces):
             if top < bottom and left < right:
                 yield from self._halo(_HUES[rank % len(_HUES)], top, bottom, left, right)

@@ -66,6 +66,10 @@ def details(plan: Plan) -> Iterator[str | Table]:
     for cut in rank.cuts:
         lines, (reach, of) = LINES[cut.direction], cut.halo
         yield f"  {lines} of the input, {cut.size}: bounds {' '.join(map(str, cut.bounds))}; widest halo {reach} of {of}"
+    for token_cut in rank.token_cuts:
+        where = f" ({token_cut.source})" if token_cut.source else ""
+        bounds = " ".join(map(str, token_cut.bounds))
+        yield f"  dimension {token_cut.dimension} of {token_cut.node}, {token_cut.size}: bounds {bounds}{where}"
     if not plan.candidate.mesh:
         return
     if plan.candidate.ranks < plan.world:
