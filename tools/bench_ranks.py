@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +17,7 @@ import torch.distributed as dist
 
 import pvae
 from pvae.testing import relative_error
-from pvae.tools.model_run import RequestError
+from pvae.tools.model_run import RequestError, one_of
 from pvae.tools.zoo import Case
 
 T = TypeVar("T")
@@ -55,6 +57,31 @@ class World:
         if self.rank == 0 and trace:
             print(trace, file=sys.stderr, flush=True)
         raise RowError(said if len(failures) == self.size else f"on rank {rank}: {said}")
+
+
+def add_arguments(parser: argparse.ArgumentParser, unit: str, runs: int) -> None:
+    """What the benches over ranks take alike; `unit` is that of sizes."""
+    parser.add_argument("--preset", default="full")
+    parser.add_argument("--size", default="", help=f"{unit}, frames x height x width, instead of the preset's")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: GPUs if there are any")
+    parser.add_argument("--runs", type=int, default=runs, help="calls of each row")
+    parser.add_argument("--error-size", default="", help=f"also compare with float64 at this size, in {unit}")
+    parser.add_argument(
+        "-o", "--option", action="append", default=[], help="KEY=VALUE of pvae's rows, such as mesh=2x2"
+    )
+    parser.add_argument("--json", type=Path)
+
+
+def started(args: argparse.Namespace, rows: Sequence[str], bench: str) -> list[str]:
+    """The rows that the command asks for. RequestError where it was not started by torchrun, or asks for nothing."""
+    if not dist.is_torchelastic_launched():
+        raise RequestError(f"start it with torchrun --nproc_per_node N -m pvae.tools.{bench} ...")
+    if args.runs < 1:
+        raise RequestError(f"--runs {args.runs} measures nothing")
+    torch._dynamo.config.recompile_limit = 64
+    torch.set_grad_enabled(False)
+    return [one_of("--rows", row, tuple(rows)) for row in args.rows.split(",")]
 
 
 @contextmanager

@@ -30,7 +30,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,12 +40,12 @@ from pvae.module import compile_with
 from pvae.options import OptionError, Options, parse_options
 from pvae.passes.pipeline import PipelineError
 from pvae.report import GraphReport
-from pvae.tools.bench_ranks import Comparison, Figures, RowError, World, joined
+from pvae.tools.bench_ranks import Comparison, Figures, RowError, World, add_arguments, joined, started
 from pvae.tools.call_profile import CallProfile, profile_call
 from pvae.tools.model_run import RequestError, dtype_name, dtype_named, one_of, options_named, size_named
 from pvae.tools.timing import seconds
 from pvae.tools.zoo import Case, names
-from pvae.tools.zoo.load import TRANSFORMERS, _transformer
+from pvae.tools.zoo.load import TRANSFORMERS, transformer_case
 from pvae.tools.zoo.transformer import Sizes, TransformerEntry
 
 # Models ----------------------------------------------------------------------------------------------------------------
@@ -96,7 +95,7 @@ class Subject:
     def load(self) -> Case:
         """With values that depend on the model, its size and the device's kind alone; `full` ones are drawn on the device."""
         try:
-            case = _transformer(self.model, self.entry(), self.preset, self.dtype, self.device, 0, self.size)
+            case = transformer_case(self.model, self.entry(), self.preset, self.dtype, self.device, 0, self.size)
         except ValueError as error:
             raise RequestError(str(error)) from error
         if "return_dict" not in signature(case.model.forward).parameters:
@@ -334,19 +333,10 @@ def parser() -> argparse.ArgumentParser:
         "--rows", default="diffusers-cp,diffusers-cp-compile,inductor,pvae,pvae-blocks", help=", ".join(ROWS)
     )
     parser.add_argument("--layers", type=int, help="blocks of each kind, instead of the preset's one or two")
-    parser.add_argument("--preset", default="full")
-    parser.add_argument("--size", default="", help="latents, frames x height x width, instead of the preset's")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: GPUs if there are any")
+    add_arguments(parser, "latents", runs=4)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--runs", type=int, default=4, help="calls of each row in a round")
-    parser.add_argument("--error-size", default="", help="also compare with float64 at this size, in latents")
     parser.add_argument("--profile", default="", help="rows whose kernels to print")
     parser.add_argument("--top", type=int, default=25, help="how many of the kernels")
-    parser.add_argument(
-        "-o", "--option", action="append", default=[], help="KEY=VALUE of pvae's rows, such as mesh=2x2"
-    )
-    parser.add_argument("--json", type=Path)
     return parser
 
 
@@ -354,17 +344,13 @@ def main() -> int:
     """Exit code 0, or 1 if a row failed; 2 for usage."""
     p = parser()
     args = p.parse_args()
-    torch._dynamo.config.recompile_limit = 64
-    torch.set_grad_enabled(False)
     try:
-        if not dist.is_torchelastic_launched():
-            raise RequestError("start it with torchrun --nproc_per_node N -m pvae.tools.bench_sequence ...")
-        rows = [one_of("--rows", row, ROWS) for row in args.rows.split(",")]
+        rows = started(args, ROWS, "bench_sequence")
         profiled = [one_of("--profile", row, tuple(rows)) for row in args.profile.split(",") if row]
         if len(set(rows)) < len(rows):
             raise RequestError(f"--rows {args.rows} has a row twice")
-        if args.runs < 1 or args.rounds < 1:
-            raise RequestError(f"--rounds {args.rounds} --runs {args.runs} measures nothing")
+        if args.rounds < 1:
+            raise RequestError(f"--rounds {args.rounds} measures nothing")
         given = options_named(args.option, {})
         for row in rows:
             row_options(row, given)

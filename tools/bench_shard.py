@@ -20,7 +20,6 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,8 +29,8 @@ import pvae
 from pvae.module import compile_with, compiled_forwards
 from pvae.options import OptionError, Options, parse_options
 from pvae.passes.pipeline import PipelineError
-from pvae.tools.bench_ranks import Comparison, Figures, RowError, World, joined
-from pvae.tools.model_run import Request, RequestError, dtype_name, dtype_named, one_of, options_named, size_named
+from pvae.tools.bench_ranks import Comparison, Figures, RowError, World, add_arguments, joined, started
+from pvae.tools.model_run import Request, RequestError, dtype_name, dtype_named, options_named, size_named
 from pvae.tools.timing import Timing, measure
 from pvae.tools.zoo import Case, Unsupported
 
@@ -169,17 +168,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("model", help="zoo name or diffusers:ClassName of an autoencoder")
     parser.add_argument("--rows", default="eager,pvae,halo,patch,tile", help=", ".join(ROWS))
     parser.add_argument("--part", default="decode", choices=("decode", "encode"))
-    parser.add_argument("--preset", default="full")
-    parser.add_argument("--size", default="", help="pixels, frames x height x width, instead of the preset's")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: GPUs if there are any")
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--error-size", default="", help="also compare with float64 at this size")
+    add_arguments(parser, "pixels", runs=3)
     parser.add_argument("--shard-dims", help="of pvae's rows: auto, h, w, hw")
-    parser.add_argument(
-        "-o", "--option", action="append", default=[], help="KEY=VALUE of pvae's rows, such as mesh=2x2"
-    )
-    parser.add_argument("--json", type=Path)
     return parser
 
 
@@ -187,14 +177,8 @@ def main() -> int:
     """Exit code 0, or 1 if a row failed; 2 for usage."""
     p = parser()
     args = p.parse_args()
-    torch._dynamo.config.recompile_limit = 64
-    torch.set_grad_enabled(False)
     try:
-        if not dist.is_torchelastic_launched():
-            raise RequestError("start it with torchrun --nproc_per_node N -m pvae.tools.bench_shard ...")
-        rows = [one_of("--rows", row, ROWS) for row in args.rows.split(",")]
-        if args.runs < 1:
-            raise RequestError(f"--runs {args.runs} measures nothing")
+        rows = started(args, ROWS, "bench_shard")
         given = options_named(args.option, {"shard_dims": args.shard_dims})
         if "shard" in given:
             raise RequestError("the rows say what shard is; leave -o shard away")

@@ -1,20 +1,10 @@
-"""One rank of `test_sequence.py`, under torchrun: `-m tests.gpu.sequence_nccl FOLDER DEVICE [CASE...]`, on cuda (NCCL) or
-cpu (gloo). A case may be named in part: `tiny` runs all that have it in their name. They run in the order named.
-
-Leaves in FOLDER what it found in each case, as JSON: `{case: {"ok": ..., "text": ..., "seconds": ...}}`. Rank 0 prints it too.
-"""
+"""One rank of `test_sequence.py`, under torchrun: `-m tests.gpu.sequence_nccl FOLDER DEVICE [CASE...]` (`cases.py`)."""
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,15 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import pvae
-from pvae.runtime.rank_agreement import RankError
 from pvae.testing import agreement, relative_error
 from pvae.tools.bench_sequence import Subject
 from pvae.tools.zoo import Case
-from tests.gpu.shard_nccl import _lifted
+from tests.gpu.cases import Facts, lifted, run_cases
 
 SECONDS = 300.0  # that ranks wait for each other: a compile of a published block lies between
 SLOW = "h200,matrix=1e8,fp32=1e8,fp64=1e8,memory=1e8,link=1e6"  # to which heads exchange pays for any number of tokens
-Facts = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -106,7 +94,7 @@ def check(sharded: Sharded, device: torch.device) -> Facts:
     """In float64 against itself unsharded, else by the error contract; the second run, which captures nothing."""
     case = sharded.load(device)
     if sharded.dtype is torch.float64:
-        with _lifted():
+        with lifted():
             wanted = case.run(pvae.compile(case.model, engine="eager", passes="canonicalize", regions=sharded.by))
             run = sharded.compile(case)
             run()
@@ -203,37 +191,5 @@ def _cases() -> Iterator[tuple[str, Callable[[torch.device], Facts]]]:
 CASES = dict(_cases())
 
 
-def attempt(name: str, device: torch.device) -> Facts:
-    start = time.monotonic()
-    try:
-        facts = CASES[name](device)
-    except Exception as error:
-        if not isinstance(error, RankError):  # that another rank failed, which says so itself
-            traceback.print_exc()
-        facts = {"ok": False, "text": f"{type(error).__name__}: {error}"}
-    pvae.reset()
-    torch._dynamo.reset()
-    return {**facts, "seconds": round(time.monotonic() - start, 1)}
-
-
-def main(folder: str, device_type: str, wanted: list[str]) -> None:
-    torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
-    device = torch.device(device_type)
-    if device_type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(seconds=SECONDS))
-    found: dict[str, Facts] = {}
-    for name in dict.fromkeys(name for part in wanted or [""] for name in CASES if part in name):
-        found[name] = attempt(name, device)
-        if rank == 0:
-            print(name, found[name], flush=True)
-        Path(folder, f"{rank}.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3:])
+    run_cases(CASES, sys.argv[1:], SECONDS)

@@ -1,29 +1,21 @@
-"""One rank of `test_shard.py`, under torchrun: `shard_nccl.py FOLDER DEVICE [CASE...]`, on cuda (NCCL) or cpu (gloo).
-
-Leaves in FOLDER what it found in each case, as JSON: `{case: {"ok": ..., "text": ...}}`.
-"""
+"""One rank of `test_shard.py`, under torchrun: `-m tests.gpu.shard_nccl FOLDER DEVICE [CASE...]` (`cases.py`)."""
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 import pvae
-from pvae import module
 from pvae.runtime.sharded_tensor import ShardedTensor
-from pvae.testing import Agreement, agreement, lift_float32, relative_error
+from pvae.testing import Agreement, agreement, relative_error
 from pvae.tools.zoo import load
+from tests.gpu.cases import Facts, lifted, run_cases
 
 # Pixels whose latents no world of 2 or 4 divides. The tiny models, and the published ones at a middling size.
 SIZES = {
@@ -64,29 +56,10 @@ def _cases() -> Iterator[Sharding]:
         yield Sharding(name, preset, torch.bfloat16, "halo", "h", engine="inductor")
 
 
-CASES = {str(case): case for case in _cases()}
-
-
-@contextmanager
-def _lifted() -> Iterator[None]:
-    """Captured graphs stay in float64 where the model rounds to float32: a last bit would become one of float32."""
-    compile_capture = module.compile_capture
-
-    def lifted(capture: Any, *args: Any, **kwargs: Any) -> Any:
-        lift_float32(capture.gm)
-        return compile_capture(capture, *args, **kwargs)
-
-    module.compile_capture = lifted
-    try:
-        yield
-    finally:
-        module.compile_capture = compile_capture
-
-
 def _halo(case: Any, sharding: Sharding, **options: Any) -> Agreement:
     """In float64 against itself unsharded, else by the error contract; the second run, which captures nothing."""
     if sharding.dtype is torch.float64:
-        with _lifted():
+        with lifted():
             wanted = case.run(pvae.compile(case.model, engine="eager", passes="canonicalize"))
             pvae.compile(case.model, shard="halo", **options)
             case.run()
@@ -112,46 +85,22 @@ def _patch(case: Any, sharding: Sharding, **options: Any) -> Agreement:
     return agreement(whole, eager, exact)
 
 
-def check(sharding: Sharding, device: torch.device) -> dict[str, Any]:
-    start = time.monotonic()
-    try:
-        case = load(
-            sharding.model,
-            preset=sharding.preset,
-            part=sharding.part,
-            dtype=sharding.dtype,
-            device=device,
-            size=SIZES[sharding.model, sharding.preset],
-        )
-        run = _patch if sharding.form == "patch" else _halo
-        found = run(case, sharding, shard_dims=sharding.dims, engine=sharding.engine, timeout=300)
-        exchanges = [p.counters["exchange"] for g in pvae.report(case.model).graphs for p in g.passes]
-        facts = {"ok": found.ok and (any(exchanges) or sharding.form == "patch"), "text": str(found)}
-    except Exception as error:
-        facts = {"ok": False, "text": f"{type(error).__name__}: {error}"}
-    pvae.reset()
-    torch._dynamo.reset()
-    return {**facts, "seconds": round(time.monotonic() - start, 1)}
+def check(sharding: Sharding, device: torch.device) -> Facts:
+    case = load(
+        sharding.model,
+        preset=sharding.preset,
+        part=sharding.part,
+        dtype=sharding.dtype,
+        device=device,
+        size=SIZES[sharding.model, sharding.preset],
+    )
+    run = _patch if sharding.form == "patch" else _halo
+    found = run(case, sharding, shard_dims=sharding.dims, engine=sharding.engine, timeout=300)
+    exchanges = [p.counters["exchange"] for g in pvae.report(case.model).graphs for p in g.passes]
+    return {"ok": found.ok and (any(exchanges) or sharding.form == "patch"), "text": str(found)}
 
 
-def main(folder: str, device_type: str, wanted: list[str]) -> None:
-    torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
-    device = torch.device(device_type)
-    if device_type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(seconds=300))
-    found: dict[str, Any] = {}
-    for name in wanted or CASES:
-        found[name] = check(CASES[name], device)
-        if rank == 0:
-            print(name, found[name], flush=True)
-        Path(folder, f"{rank}.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
-
+CASES = {str(case): partial(check, case) for case in _cases()}
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3:])
+    run_cases(CASES, sys.argv[1:])

@@ -76,7 +76,7 @@ def load(
     part = parts(spec)[0] if part is None else part
     _check(f"part of {spec}", part, parts(spec))
     if isinstance(entry, TransformerEntry):
-        return _transformer(spec, entry, preset, dtype, device, seed, size)
+        return transformer_case(spec, entry, preset, dtype, device, seed, size)
     if device.type == "cpu" and (part, dtype) in entry.cpu_gaps:
         raise Unsupported(
             f"torch has no {entry.cpu_gaps[part, dtype]} for {dtype} on the CPU, which {spec} {part} needs"
@@ -106,7 +106,7 @@ def _is_factory(spec: str) -> bool:
     return ":" in spec and not spec.startswith("diffusers:")
 
 
-def _transformer(
+def transformer_case(
     spec: str,
     entry: TransformerEntry,
     preset: str,
@@ -115,6 +115,7 @@ def _transformer(
     seed: int,
     size: tuple[int, ...] | None,
 ) -> Case:
+    """A case of an entry, which may be none of the zoo's own (a bench with other inputs or more blocks)."""
     sizes = entry.sizes(preset) if size is None else entry.sizes(preset).resized(spec, tuple(size))
     model = _build(entry.cls, entry.config(preset), draw_weights, device, seed, direct=preset == "full")
     with _seeded(seed, torch.device("cpu")), torch.device("meta" if device.type == "meta" else "cpu"):
