@@ -71,10 +71,11 @@ class CudaGraphed:
     def _record(self, inputs: Sequence[Any], read: list[tuple[int, int]]) -> None:
         self.release()
         self._read = read
-        self._inputs = [
-            x.clone() if isinstance(x, Tensor) and not is_weight else x
-            for x, is_weight in zip(inputs, self.weights, strict=True)
-        ]
+        with torch.inference_mode(False), torch.no_grad():  # later calls write to them, in whatever mode
+            self._inputs = [
+                x.clone() if isinstance(x, Tensor) and not is_weight else x
+                for x, is_weight in zip(inputs, self.weights, strict=True)
+            ]
         others = [other._graph.pool() for other in self._alive if other._graph is not None]
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
