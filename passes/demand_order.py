@@ -13,6 +13,7 @@ import torch
 from torch.fx import Graph, Node
 
 from pvae.passes.ir import aten, output_node
+from pvae.passes.sharder import argument
 from pvae.runtime.exchange import exchange
 from pvae.runtime.fetch import fetch
 
@@ -47,5 +48,7 @@ def in_demand_order(graph: Graph) -> bool:
 
 
 def _is_bound(node: Node) -> bool:
+    if node.target is aten.scaled_dot_product_attention.default:  # torch marks it random for its dropout
+        return bool(argument(node, 4, "dropout_p", 0.0))
     tags = getattr(node.target, "tags", ())
     return node.target is aten.copy_.default or torch.Tag.nondeterministic_seeded in tags
