@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from torch.fx import Graph, Node
 
-from pvae.passes.ir import is_tensor, placeholders, static, value
+from pvae.passes.ir import is_tensor, placeholders, value
 from pvae.passes.placement import Factor, Placement, even
 from pvae.passes.rule import Context
 from pvae.passes.sharder import Sharder, ShardError
@@ -50,14 +50,9 @@ def _worth_splitting(source: TokenSource, s: Sharder) -> bool:
 
 def _placed(s: Sharder, node: Node, dim: int) -> Placement:
     """Tokens split over the mesh's last axis, the batch over its first if it has two."""
-    placement = Placement.whole(value(node).shape)
-    axes = [(len(s.mesh.shape) - 1, dim)]
-    if len(s.mesh.shape) == 2 and dim != 0:
-        axes.append((0, 0))
-    for axis, d in axes:
-        size, ranks = placement.shape[d], s.mesh.shape[axis]
-        if ranks > 1 and size > 1:
-            placement = placement.with_dim(d, [Factor(size, axis, even(size, ranks))])
+    placement = _evenly(s, Placement.whole(value(node).shape), len(s.mesh.shape) - 1, dim)
+    if len(s.mesh.shape) == 2 and dim != 0 and placement.shape[0] > 1:
+        placement = _evenly(s, placement, 0, 0)
     if len(s.mesh.shape) == 2 and s.mesh.shape[0] > 1 and 0 not in placement.axes:
         raise ShardError(
             f"mesh={'x'.join(map(str, s.mesh.shape))} splits the batch over {s.mesh.shape[0]} ranks, and {node.name} has "
@@ -65,6 +60,12 @@ def _placed(s: Sharder, node: Node, dim: int) -> Placement:
             "of one axis"
         )
     return placement
+
+
+def _evenly(s: Sharder, placement: Placement, axis: int, dim: int) -> Placement:
+    """With dimension `dim` split over an axis of the mesh, where that has several ranks."""
+    size, ranks = placement.shape[dim], s.mesh.shape[axis]
+    return placement if ranks == 1 else placement.with_dim(dim, [Factor(size, axis, even(size, ranks))])
 
 
 def _named(graph: Graph, s: Sharder, context: Context) -> dict[Node, Placement]:
@@ -82,10 +83,7 @@ def _named(graph: Graph, s: Sharder, context: Context) -> dict[Node, Placement]:
         for axis, dim in _per_axis(dims, s):
             if not -placement.ndim <= dim < placement.ndim:
                 raise ShardError(f"shard_inputs: {name} {list(placement.shape)} has no dimension {dim}")
-            size = placement.shape[dim]
-            if s.mesh.shape[axis] > 1:
-                factor = Factor(size, axis, even(size, s.mesh.shape[axis]))
-                placement = placement.with_dim(dim % placement.ndim, [factor])
+            placement = _evenly(s, placement, axis, dim % placement.ndim)
         if not placement.is_whole:
             cuts[node] = placement
     return cuts
@@ -98,11 +96,4 @@ def _per_axis(dims: int | Sequence[int | None], s: Sharder) -> list[tuple[int, i
     return [(axis, dim) for axis, dim in zip(range(len(s.mesh.shape)), dims, strict=True) if dim is not None]
 
 
-def check_static(graph: Graph) -> None:
-    """Raises ShardError if an input has a symbolic size."""
-    for node in placeholders(graph):
-        if is_tensor(node) and any(static(n) is None for n in value(node).shape):
-            raise ShardError("sharding needs static sizes; compile with dynamic=False")
-
-
-__all__ = ["NO_TOKENS", "check_static", "token_cuts"]
+__all__ = ["NO_TOKENS", "token_cuts"]

@@ -27,7 +27,7 @@ from pvae.passes.ir import Builder, is_tensor, output_node, placeholders, static
 from pvae.passes.machine import machine_named
 from pvae.passes.placement import Bounds, Factor, Placement, even, spanning
 from pvae.passes.rule import Context, Pass, Record, Report
-from pvae.passes.sequence import NO_TOKENS, check_static, token_cuts
+from pvae.passes.sequence import NO_TOKENS, token_cuts
 from pvae.passes.sharder import Sharder, ShardError
 from pvae.runtime.exchange import exchange, is_local
 from pvae.runtime.fetch import fetch
@@ -47,9 +47,7 @@ def spatial_inputs(graph: Graph, weights: frozenset[str]) -> list[Node]:
 
 def _stride(graph: Graph, main: Node, dim: int) -> int:
     """Rows of the first picture that become one of the first result (an encoder's); 1 where the result has no fewer."""
-    size = static(value(main).shape[dim])
-    if size is None:
-        raise ShardError("sharding needs static sizes; compile with dynamic=False")
+    size = value(main).shape[dim]
     outputs = [n for n in torch.utils._pytree.tree_leaves(output_node(graph).args) if isinstance(n, Node)]
     planes = [value(n).shape[dim] for n in outputs if is_tensor(n) and value(n).dim() in (4, 5)]
     if not planes or not 0 < planes[0] < size:
@@ -84,8 +82,8 @@ def shard_graph(graph: Graph, context: Context, report: Report) -> None:
     sequence = options.shard == "sequence"
     machine = machine_named(options.machine)
     sharder = Sharder(graph, mesh, report, patch=options.shard == "patch", sequence=sequence, machine=machine)
-    if sequence:
-        check_static(graph)
+    if any(static(n) is None for node in placeholders(graph) if is_tensor(node) for n in value(node).shape):
+        raise ShardError("sharding needs static sizes; compile with dynamic=False")
     cuts = forms[options.shard](graph, sharder, context)
     if not cuts and not context.held:
         report.refusals.append(Record("shard", "inputs", "", NO_TOKENS if sequence else NO_PICTURE))
@@ -99,8 +97,9 @@ def shard_graph(graph: Graph, context: Context, report: Report) -> None:
         return
     sharder.run()
     _leave(sharder, context)
-    if sequence:
-        in_demand_order(graph)
+    if sequence and not in_demand_order(graph):
+        text = "its order means something (it writes inputs or draws random numbers): no exchange starts earlier"
+        report.refusals.append(Record("demand_order", "graph", "", text))
 
 
 def _picture_cuts(graph: Graph, sharder: Sharder, context: Context) -> dict[Node, Placement]:

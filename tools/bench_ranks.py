@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ import torch.distributed as dist
 
 import pvae
 from pvae.testing import relative_error
-from pvae.tools.model_run import RequestError, one_of
+from pvae.tools.model_run import RequestError, dtype_name, dtype_named, one_of
 from pvae.tools.zoo import Case
 
 T = TypeVar("T")
@@ -82,6 +83,22 @@ def started(args: argparse.Namespace, rows: Sequence[str], bench: str) -> list[s
     torch._dynamo.config.recompile_limit = 64
     torch.set_grad_enabled(False)
     return [one_of("--rows", row, tuple(rows)) for row in args.rows.split(",")]
+
+
+def write_json(args: argparse.Namespace, world: World, options: Mapping[str, Any], **more: Any) -> None:
+    """What was measured, with what, and the results in `more`; to the file of `--json`."""
+    about = {
+        "model": args.model,
+        "preset": args.preset,
+        "size": args.size,
+        "error_size": args.error_size,
+        "dtype": dtype_name(dtype_named(args.dtype)),
+        "world": world.size,
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "options": options,
+    }
+    args.json.write_text(json.dumps({**about, **more}, indent=1))
 
 
 @contextmanager

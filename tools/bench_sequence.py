@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import random
 import statistics
 import sys
@@ -40,9 +39,9 @@ from pvae.module import compile_with
 from pvae.options import OptionError, Options, parse_options
 from pvae.passes.pipeline import PipelineError
 from pvae.report import GraphReport
-from pvae.tools.bench_ranks import Comparison, Figures, RowError, World, add_arguments, joined, started
+from pvae.tools.bench_ranks import Comparison, Figures, RowError, World, add_arguments, joined, started, write_json
 from pvae.tools.call_profile import CallProfile, profile_call
-from pvae.tools.model_run import RequestError, dtype_name, dtype_named, one_of, options_named, size_named
+from pvae.tools.model_run import RequestError, dtype_named, one_of, options_named, size_named
 from pvae.tools.timing import seconds
 from pvae.tools.zoo import Case, names
 from pvae.tools.zoo.load import TRANSFORMERS, transformer_case
@@ -381,21 +380,9 @@ def main() -> int:
                         print(figures, flush=True)
                 results = done
             if args.json and world.rank == 0:
-                about = {
-                    "model": args.model,
-                    "preset": args.preset,
-                    "layers": args.layers,
-                    "size": args.size,
-                    "error_size": args.error_size,
-                    "dtype": dtype_name(dtype),
-                    "world": world.size,
-                    "device": torch.cuda.get_device_name(world.device) if on_gpu else "cpu",
-                    "torch": torch.__version__,
-                    "options": given,
-                    "profiles": {row: asdict(profile) for row, profile in profiles.items()},
-                    "rows": [asdict(r) for r in results],
-                }
-                args.json.write_text(json.dumps(about, indent=1))
+                profiled_rows = {row: asdict(profile) for row, profile in profiles.items()}
+                measured = [asdict(r) for r in results]
+                write_json(args, world, given, layers=args.layers, profiles=profiled_rows, rows=measured)
     except (RequestError, OptionError, PipelineError) as error:
         p.error(str(error))
     return int(any(r.failed for r in results))

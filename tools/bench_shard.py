@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -29,8 +28,8 @@ import pvae
 from pvae.module import compile_with, compiled_forwards
 from pvae.options import OptionError, Options, parse_options
 from pvae.passes.pipeline import PipelineError
-from pvae.tools.bench_ranks import Comparison, Figures, RowError, World, add_arguments, joined, started
-from pvae.tools.model_run import Request, RequestError, dtype_name, dtype_named, options_named, size_named
+from pvae.tools.bench_ranks import Comparison, Figures, RowError, World, add_arguments, joined, started, write_json
+from pvae.tools.model_run import Request, RequestError, dtype_named, options_named, size_named
 from pvae.tools.timing import Timing, measure
 from pvae.tools.zoo import Case, Unsupported
 
@@ -196,19 +195,7 @@ def main() -> int:
                 if world.rank == 0:
                     print(results[-1], flush=True)
             if args.json and world.rank == 0:
-                about = {
-                    "model": args.model,
-                    "part": args.part,
-                    "preset": args.preset,
-                    "size": args.size,
-                    "error_size": args.error_size,
-                    "dtype": dtype_name(request.dtype),
-                    "world": world.size,
-                    "device": torch.cuda.get_device_name(world.device) if on_gpu else "cpu",
-                    "torch": torch.__version__,
-                    "options": given,
-                }
-                args.json.write_text(json.dumps(about | {"rows": [asdict(r) for r in results]}, indent=1))
+                write_json(args, world, given, part=args.part, rows=[asdict(r) for r in results])
     except (RequestError, Unsupported, OptionError, PipelineError) as error:
         p.error(str(error))
     return int(any(r.failed for r in results))

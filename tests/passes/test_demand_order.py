@@ -61,3 +61,15 @@ def test_long_exchanges_start_before_the_next_projection() -> None:
     assert order == [*["linear", "exchange"] * 3, "scaled_dot_product_attention", "exchange"]
     for output in found.run(*args):
         torch.testing.assert_close(output[0], model(*args), rtol=1e-12, atol=1e-12)
+
+
+def test_a_graph_that_keeps_its_order_says_so() -> None:
+    def model(x: Tensor, w: Tensor) -> Tensor:
+        q = F.linear(x, w).unflatten(2, (4, 3)).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, q + 1, q * 2).transpose(1, 2).flatten(2)
+        return out + torch.rand_like(w).sum()
+
+    args = torch.randn(1, 8, 12, dtype=torch.float64), torch.randn(12, 12, dtype=torch.float64)
+    found = shard(model, *args, mesh=(2,), weights=1, shard="sequence")
+    (refusal,) = found.report.refusals
+    assert refusal.rule == "demand_order" and "draws random numbers" in refusal.note
