@@ -1,8 +1,8 @@
-"""channels_last by policy: convolution weights are re-laid, and the activations follow.
+"""channels_last where the policy chose it (conv_policy.py): convolution weights are re-laid, and the activations follow.
 
 Inductor and cuDNN both take a convolution's layout from its weight, so nothing else has to be rewritten: with every weight
-in channels_last the whole region between them stays so. On CUDA in half precision this is the faster layout for every
-decoder measured (Wan 1744 -> 1028 ms, Qwen-Image 53.9 -> 38.7); elsewhere `auto` leaves layouts alone.
+in channels_last the whole region between them stays so. The reverse needs copies: one channels_last operand is enough for
+cuDNN to work so.
 """
 
 from __future__ import annotations
@@ -10,33 +10,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch.fx import Graph, Node
 
 from pvae.kernels import channels_last as kernel
+from pvae.kernels.compact import OP as COMPACT
 from pvae.kernels.conv3d_unfold import OP as UNFOLD
+from pvae.passes.conv_forms import layout_mode
+from pvae.passes.conv_policy import chosen
+from pvae.passes.conv_rules import no_gain
 from pvae.passes.ir import Builder, ConvNode, aten, value
+from pvae.passes.layout_cut import CHANNELS_LAST as LAST
 from pvae.passes.rule import Context, Match, Pass, Refusal, Rule
 from pvae.runtime.fetch import fetch
 
-HALF = (torch.float16, torch.bfloat16)
 FETCH_ARGUMENTS = 8  # of `fetch` with its memory format given
-
-
-def no_gain(weight: torch.Tensor) -> str | None:
-    """Why channels_last is not chosen by itself for a convolution with this weight, or None."""
-    if weight.device.type != "cuda":
-        return f"no gain measured on {weight.device.type}"
-    if weight.dtype not in HALF:
-        return f"no gain measured for {weight.dtype}"
-    return None
 
 
 def mode(options: Any) -> str:
     """What the options ask for, taken together: "auto", "on" or "off"."""
-    if options.conv3d == "channels_last" or options.channels_last == "on":
-        return "on"
-    return "off" if options.channels_last == "off" or options.conv3d == "native" else "auto"
+    return layout_mode(options.conv3d, options.channels_last)
 
 
 class WeightChannelsLast:
@@ -44,19 +36,18 @@ class WeightChannelsLast:
 
     name = "channels_last"
 
-    def __init__(self, forced: bool) -> None:
+    def __init__(self, context: Context, forced: bool) -> None:
+        self.context = context
         self.forced = forced
 
     def match(self, node: Node) -> Match | Refusal | None:
-        conv = ConvNode.of(node)
-        if conv is None or conv.ndim not in (2, 3):
+        conv, choice = ConvNode.of(node), chosen(node, self.context)
+        if conv is None or choice is None:
             return None
-        weight = value(conv.weight)
-        if kernel.is_channels_last(weight) and not weight.is_contiguous():
+        if laid_last(conv.weight):
             return None
-        reason = None if self.forced else no_gain(weight)
-        if reason is not None:
-            return Refusal(node, reason)
+        if not self.forced and choice.layout != LAST:
+            return Refusal(node, choice.why_not("channels_last") or f"{choice.layout} is chosen")
         if any(n.target is aten.as_strided.default for n in node.graph.nodes):
             return Refusal(node, "the graph reads strides (as_strided)")
         return Match(node, conv)
@@ -65,6 +56,34 @@ class WeightChannelsLast:
         conv = match.facts
         weight = Builder(match.node)(kernel.OP, conv.weight)
         match.node.replace_input_with(conv.weight, weight)
+
+
+class InputsContiguous:
+    """`conv(x, w)` -> `conv(compact(x), compact(w))` where figures speak against channels_last, and these are in it."""
+
+    name = "contiguous"
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+
+    def match(self, node: Node) -> Match | Refusal | None:
+        conv, choice = ConvNode.of(node), chosen(node, self.context)
+        if conv is None or choice is None or choice.form != "native" or not choice.against("channels_last"):
+            return None
+        operands = [conv.weight] if laid_last(conv.weight) else []
+        operands += [conv.x] if choice.converted else []
+        return Match(node, operands) if operands else None
+
+    def rewrite(self, graph: Graph, match: Match) -> None:
+        build = Builder(match.node)
+        for operand in match.facts:
+            match.node.replace_input_with(operand, build(COMPACT, operand, list(range(value(operand).dim()))))
+
+
+def laid_last(x: Node) -> bool:
+    """Whether the strides of `x` are channels_last and nothing else."""
+    val = value(x)
+    return val.dim() in kernel.FORMATS and kernel.is_channels_last(val) and not val.is_contiguous()
 
 
 class FetchChannelsLast:
@@ -96,7 +115,10 @@ class FetchChannelsLast:
 def _rules(context: Context, settings: Mapping[str, str]) -> list[Rule]:
     choice = settings.get("layout", mode(context.options))
     forced = choice == "on"
-    return [] if choice == "off" else [WeightChannelsLast(forced), FetchChannelsLast(forced)]
+    if choice == "off":
+        return []
+    own = [] if forced else [InputsContiguous(context)]
+    return [*own, WeightChannelsLast(context, forced), FetchChannelsLast(forced)]
 
 
 CHANNELS_LAST = Pass(
@@ -105,3 +127,5 @@ CHANNELS_LAST = Pass(
     rules=_rules,
     options={"layout": "auto|on|off"},
 )
+
+__all__ = ["CHANNELS_LAST", "mode", "no_gain"]

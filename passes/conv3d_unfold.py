@@ -5,15 +5,15 @@
     otherwise                          unfold2d    conv2d on kt frames laid side by side as channels (kernels/conv3d_unfold.py)
 
 All three compute the same sums; only the order of summation can differ. What a causal pad in front adds (zero frames, zero
-borders) is folded into the unfold. Which convolutions take the unfold is decided by the rule in `unfold_pays`; measured
-figures are beside it. Sources: SGLang-Diffusion #34424 (ROCm), whose limits on groups, dilation and padding do not apply.
+borders) is folded into the unfold. The first two are taken wherever they can be (and `conv_taps` was not chosen); which
+convolutions take the unfold is the policy's choice (conv_policy.py). Sources: SGLang-Diffusion #34424 (ROCm), whose limits on
+groups, dilation and padding do not apply.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,47 +22,12 @@ from torch.fx import Graph, Node
 
 from pvae.kernels import conv3d_unfold as kernel
 from pvae.kernels.channels_last import OP as CHANNELS_LAST
-from pvae.passes.ir import Builder, ConvNode, PadNode, aten, fake_mode_of, known, static, value
+from pvae.passes.conv_forms import is_patches, why_no_frames
+from pvae.passes.conv_policy import chosen, hand_over
+from pvae.passes.conv_problem import zero_pad
+from pvae.passes.ir import Builder, ConvNode, PadNode, aten, known, value
+from pvae.passes.layout_cut import CHANNELS_LAST as LAST
 from pvae.passes.rule import Context, Match, Pass, Refusal, Rule
-from pvae.runtime.torch_compat import conv_backend
-
-SLOW_BACKENDS = ("Slow", "Overrideable", "Empty")
-
-
-def unfold_pays(conv: ConvNode) -> str | None:
-    """None if the unfold is the faster form of `conv` on its device by what was measured, else why not.
-
-    ROCm: always (MIOpen's conv3d; SGLang measured +3.6 % end to end, and an order of magnitude on single layers).
-    CUDA, half precision: between 64 and 128 input channels, for which cuDNN has no good conv3d kernel. H200, TFLOP/s of
-    conv3d channels_last_3d against the unfold: C=96 237 / 324, C=192 538 / 440, C=384 588 / 600 at two frames and
-    395 / 346 at one; 96 -> 3 channels 23 / 16. At C=128 whole decoders lose by it (LTX-2 44.8 -> 59.0 ms, CogVideoX 170
-    -> 190, 2026-11-21), so it stays with cuDNN.
-    CPU: where ATen has no fast conv3d but a fast conv2d. EPYC, fp32, ms: C=16 18.3 / 0.8, C=64 22.4 / 2.6; where oneDNN
-    takes the 3-D form (C >= 96, bf16) both are equal.
-    """
-    x, weight = value(conv.x), value(conv.weight)
-    if x.device.type == "cuda":
-        if torch.version.hip is not None:
-            return None
-        if x.dtype not in (torch.float16, torch.bfloat16):
-            return f"cuDNN's conv3d is kept for {x.dtype}"
-        if not 64 < conv.in_channels < 128 or conv.out_channels < 32:
-            return (
-                f"{conv.in_channels} -> {conv.out_channels} channels: cuDNN's conv3d is as fast (the unfold pays at 96)"
-            )
-        return None
-    if x.device.type == "cpu":
-        padding = [max(pair) for pair in conv.padding]
-        native = conv_backend(x, weight, None, conv.stride, padding, conv.dilation, conv.groups)
-        if not native.startswith(SLOW_BACKENDS):
-            return f"ATen has a fast conv3d for this shape ({native})"
-        with fake_mode_of(conv.node.graph) or nullcontext():
-            frame, flat = x[:, :, 0].repeat(1, conv.kernel[0], 1, 1), kernel.unfold_weight(weight, conv.groups)
-        two_d = conv_backend(frame, flat, None, conv.stride[1:], padding[1:], conv.dilation[1:], conv.groups)
-        if two_d.startswith(SLOW_BACKENDS):
-            return f"ATen has no fast conv2d for this shape either ({two_d})"
-        return None
-    return f"no measurement for device type {x.device.type!r}"
 
 
 def _conv3d(node: Node) -> ConvNode | Refusal | None:
@@ -84,9 +49,7 @@ class PatchesToLinear:
         conv = _conv3d(node)
         if not isinstance(conv, ConvNode):
             return conv
-        if conv.kernel != conv.stride or any(p != (0, 0) for p in conv.padding) or conv.groups != 1:
-            return None
-        if any(d != 1 for d, k in zip(conv.dilation, conv.kernel, strict=True) if k > 1):
+        if not is_patches(conv):
             return None
         return Match(node, conv, f"kernel {'x'.join(map(str, conv.kernel))} = stride")
 
@@ -122,22 +85,19 @@ class PatchesToLinear:
         return build(operator.add, build(operator.floordiv, build(operator.sub, size, patch), patch), 1)
 
 
+@dataclass(frozen=True)
 class FramesToConv2d:
     """`conv3d(x, w[:, :, :1])` -> `conv2d` on every frame."""
 
-    name = "frames"
+    context: Context
+    name: str = "frames"
 
     def match(self, node: Node) -> Match | Refusal | None:
         conv = _conv3d(node)
         if not isinstance(conv, ConvNode) or conv.kernel[0] != 1:
             return conv if isinstance(conv, Refusal) else None
-        if conv.padding[0] != (0, 0):
-            return Refusal(node, "pads time with a kernel of one frame")
-        if conv.stride[0] != 1 and static(value(conv.x).shape[2]) is None:
-            return Refusal(node, "strides over a symbolic number of frames")
-        if any(front != back for front, back in conv.padding):
-            return Refusal(node, "padding='same' is uneven here")
-        return Match(node, conv)
+        reason = why_no_frames(conv)
+        return Match(node, conv) if reason is None else Refusal(node, reason)
 
     def rewrite(self, graph: Graph, match: Match) -> None:
         conv, build = match.facts, Builder(match.node)
@@ -161,6 +121,7 @@ class FramesToConv2d:
             list(conv.dilation[1:]),
             conv.groups,
         )
+        hand_over(chosen(match.node, self.context), y)
         y = build(aten.reshape.default, y, [n, t, conv.out_channels, build.size(y, 2), build.size(y, 3)])
         build.replace(build(aten.permute.default, y, [0, 2, 1, 3, 4]))
 
@@ -173,8 +134,8 @@ class UnfoldTime:
     that is three times less exact (C = 64: 7.2e-7 against conv3d's 2.5e-7; contiguous 2.2e-7).
     """
 
-    forced: bool
-    layout: str
+    context: Context
+    form: str | None
     name: str = "unfold2d"
 
     def match(self, node: Node) -> Match | Refusal | None:
@@ -183,32 +144,28 @@ class UnfoldTime:
             return conv
         if conv.kernel[0] == 1:
             return None
-        if not self.forced:
-            reason = unfold_pays(conv)
-            if reason is not None:
-                return Refusal(node, reason)
+        choice = chosen(node, self.context, self.form)
+        assert choice is not None
+        reason = choice.why_not(self.name)
+        if reason is not None:
+            return Refusal(node, reason)
         pad = PadNode.of(conv.x)
-        if pad is not None and (
-            pad.mode != "constant"
-            or pad.fill != 0.0
-            or any(w < 0 for pair in pad.pads for w in pair)
-            or any(p != (0, 0) for p in pad.pads[3:])
-        ):
+        if pad is not None and not zero_pad(pad, conv.ndim):
             pad = None
         x = pad.x if pad is not None else conv.x
         widths: list[int] = []
         for dim in range(3):
             outer = pad.along(2 - dim) if pad is not None else (0, 0)
             widths += [outer[0] + conv.padding[dim][0], outer[1] + conv.padding[dim][1]]
-        return Match(node, (conv, x, widths), f"{conv.in_channels} -> {conv.out_channels} channels")
+        return Match(node, (conv, x, widths, choice.layout), f"{conv.in_channels} -> {conv.out_channels} channels")
 
     def rewrite(self, graph: Graph, match: Match) -> None:
-        conv, x, widths = match.facts
+        conv, x, widths, layout = match.facts
         build = Builder(match.node)
         weight = build(aten.permute.default, conv.weight, [0, 2, 1, 3, 4])
         flat = conv.kernel[0] * conv.in_channels // conv.groups
         weight = build(aten.reshape.default, weight, [conv.out_channels, flat, *conv.kernel[1:]])
-        channels_last = self.layout == "on" or (self.layout == "auto" and value(x).device.type == "cuda")
+        channels_last = layout == LAST
         if channels_last:
             weight = build(CHANNELS_LAST, weight)
             x = build(aten.contiguous.default, x, memory_format=torch.channels_last_3d)
@@ -235,11 +192,10 @@ class UnfoldTime:
 
 
 def _rules(context: Context, settings: Mapping[str, str]) -> list[Rule]:
-    form = settings.get("form", context.options.conv3d)
-    if form in ("native", "channels_last"):
+    form = settings.get("form")
+    if (form or context.options.conv3d) in ("native", "channels_last"):
         return []
-    unfold = UnfoldTime(forced=form == "unfold2d", layout=context.options.channels_last)
-    return [PatchesToLinear(), FramesToConv2d(), unfold]
+    return [PatchesToLinear(), FramesToConv2d(context), UnfoldTime(context, form)]
 
 
 CONV3D_UNFOLD = Pass(

@@ -10,9 +10,12 @@ from torch.fx import GraphModule, Node
 from pvae.kernels.channels_last import FORMATS, is_channels_last
 from pvae.kernels.compact import OP as COMPACT
 from pvae.kernels.conv3d_unfold import OP as UNFOLD
+from pvae.kernels.conv_taps import OP as TAPS
 from pvae.passes.ir import VIEW_OPS, Builder, ConvNode, aten, known, output_node, value
 from pvae.passes.rule import Context
 from pvae.passes.verify import Signature
+
+OURS = {UNFOLD: 1, TAPS: 2}  # where our convolutions have their weight
 
 
 def lay_out_outputs(gm: GraphModule, signature: Signature, context: Context) -> int:
@@ -57,7 +60,7 @@ def _works_channels_last(gm: GraphModule) -> bool:
     """Whether convolutions of this graph read channels_last weights (their own strides or re-laid)."""
     for node in gm.graph.nodes:
         conv = ConvNode.of(node)
-        weight = node.args[1] if node.target is UNFOLD else conv.weight if conv is not None else None
+        weight = conv.weight if conv is not None else node.args[OURS[node.target]] if node.target in OURS else None
         if weight is not None and value(weight).dim() in FORMATS:
             val = value(weight)
             if is_channels_last(val) and not val.is_contiguous():

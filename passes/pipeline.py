@@ -17,9 +17,13 @@ from pvae.passes.canonicalize import CANONICALIZE
 from pvae.passes.channels_last import CHANNELS_LAST
 from pvae.passes.conv3d_unfold import CONV3D_UNFOLD
 from pvae.passes.conv_dtype import CONV_DTYPE
+from pvae.passes.conv_policy import CONV_POLICY
+from pvae.passes.conv_taps import CONV_TAPS
 from pvae.passes.drop_zero_taps import DROP_ZERO_TAPS
 from pvae.passes.fold_pad import FOLD_PAD
+from pvae.passes.fold_upsample import FOLD_UPSAMPLE
 from pvae.passes.fuse_modulation import FUSE_MODULATION, FUSE_RESIDUAL_GATE
+from pvae.passes.fuse_norm_act import FUSE_NORM_ACT
 from pvae.passes.main_rank import INLINE_MAIN_RANK, MAIN_RANK
 from pvae.passes.output_layout import lay_out_outputs
 from pvae.passes.prefix_attention import PREFIX_ATTENTION
@@ -38,8 +42,12 @@ PASSES: tuple[Pass, ...] = (
     FUSE_MODULATION,  # on the norms as written
     FUSE_RESIDUAL_GATE,  # after the norms have taken the residuals before them
     CONV_DTYPE,  # before forms are chosen: they depend on the dtype
+    FOLD_UPSAMPLE,  # before forms are chosen: what it takes needs none; its casts are the small picture's
+    CONV_POLICY,  # which form each convolution takes; the next three rewrite by it
+    CONV_TAPS,  # first of the forms: it takes in what stands around a convolution
     CONV3D_UNFOLD,  # the form of each convolution
     CHANNELS_LAST,  # last: the layout of what is left as a convolution
+    FUSE_NORM_ACT,  # after the layouts: its kernels are for channels-last activations
 )
 BY_NAME: Mapping[str, Pass] = {p.name: p for p in PASSES}
 _ITEM = re.compile(r"([A-Za-z0-9_]+)(?:\{([^}]*)\})?")

@@ -87,6 +87,7 @@ class Report:
     name: str
     matches: list[Record] = field(default_factory=list)
     refusals: list[Record] = field(default_factory=list)
+    decisions: list[Record] = field(default_factory=list)  # of an analysis: `rule` is what was chosen
     counters: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
 

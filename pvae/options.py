@@ -22,10 +22,16 @@ class OptionError(ValueError):
 class Options:
     """What a user may ask of pvae; each is also an environment variable `PVAE_<NAME>`, which wins over the code.
 
-    conv3d         form of 3-D convolutions: auto (by measured rule), native, channels_last, unfold2d
+    conv3d         form of convolutions: auto (by what was measured), native, channels_last, unfold2d, taps (`conv_taps`; both
+                   also of 2-D ones, but unfold2d). One that a convolution cannot take is refused, with the reason
     conv_dtype     none, or bf16: compute convolutions in bf16 under fp32 activations (approximate)
-    channels_last  auto (CUDA, half precision), on, off
+    channels_last  auto (by what was measured; by rule CUDA in half precision), on, off
+    tuning_store   file of measured times that `pvae tune` writes; "": $XDG_CACHE_HOME/pvae/tuning.json or
+                   ~/.cache/pvae/tuning.json; off: none is read
+    upsample_conv  3x3 convolutions of pictures enlarged twice as four 2x2 phases: auto (where it pays), on, off
     modulation     norm + scale + shift + gate chains as one Triton kernel each: auto (where it runs and wins), on, off
+    norm_act       norm + activation + border of autoencoders' activations as one Triton kernel each: auto (on a GPU, where
+                   they are channels-last), on (wherever they are; without a kernel plain torch runs), off
     weights        live: re-laid weights are computed in every call, so that any way of changing a weight is seen;
                    frozen: they are computed once and again when a weight's identity, storage or version changes
                    (a write through `.data` changes none of them: call `pvae.refresh(model)` after it)
@@ -62,7 +68,10 @@ class Options:
     conv3d: str = "auto"
     conv_dtype: str = "none"
     channels_last: str = "auto"
+    tuning_store: str = ""
+    upsample_conv: str = "auto"
     modulation: str = "auto"
+    norm_act: str = "auto"
     weights: str = "live"
     cudagraphs: str = "off"
     engine: str = "inductor"
@@ -96,10 +105,12 @@ class Options:
 
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
-    "conv3d": ("auto", "native", "channels_last", "unfold2d"),
+    "conv3d": ("auto", "native", "channels_last", "unfold2d", "taps"),
     "conv_dtype": ("none", "bf16"),
     "channels_last": ("auto", "on", "off"),
+    "upsample_conv": ("auto", "on", "off"),
     "modulation": ("auto", "on", "off"),
+    "norm_act": ("auto", "on", "off"),
     "weights": ("live", "frozen"),
     "cudagraphs": ("off", "on"),
     "engine": ("inductor", "eager"),
@@ -213,6 +224,10 @@ def _checked(name: str, value: Any) -> Any:
         value = _shard_inputs(value)
     elif name == "machine":
         machine_named(value)
+    elif name == "tuning_store":
+        if not isinstance(value, (str, os.PathLike)):
+            raise OptionError(f"tuning_store={value!r} is not the path of a file, nor off")
+        value = os.fspath(value)
     elif name == "patch_context":
         value = _whole_number(name, value)
     elif name == "timeout":
@@ -266,7 +281,12 @@ def parse_options(given: Mapping[str, Any] | None = None, environment: Mapping[s
 
 
 def _consistent(options: Options) -> None:
-    """Raise OptionError for options that mean nothing for the form of sharding that was asked for."""
+    """Raise OptionError for options that contradict each other, or mean nothing beside each other."""
+    if options.channels_last == "off" and options.conv3d in ("channels_last", "taps"):
+        raise OptionError(
+            f"channels_last='off' and conv3d={options.conv3d!r} contradict each other: that form is in channels_last; "
+            "conv3d='native' and 'unfold2d' work contiguous, or leave channels_last='auto'"
+        )
     asked = [n for n in ("shard_dims", "patch_context") if getattr(options, n) != getattr(Options, n)]
     if options.shard == "sequence" and asked:
         raise OptionError(

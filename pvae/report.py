@@ -50,6 +50,7 @@ class GraphReport:
                     "name": p.name,
                     "matches": records(p.matches),
                     "refusals": records(p.refusals),
+                    "decisions": records(p.decisions),
                     "counters": dict(p.counters),
                     "seconds": round(p.seconds, 4),
                 }
@@ -89,8 +90,9 @@ class ModelReport:
             )
             lines += [f"  note: {note}" for note in graph.notes]
             for p in graph.passes:
-                rules = ", ".join(f"{rule} {n}" for rule, n in Counter(r.rule for r in p.matches).items())
-                lines.append(f"  {p.name:18s} {len(p.matches):4d} rewrites" + (f": {rules}" if rules else ""))
+                done, what = (p.decisions, "decisions") if p.decisions else (p.matches, "rewrites")
+                rules = ", ".join(f"{rule} {n}" for rule, n in Counter(r.rule for r in done).items())
+                lines.append(f"  {p.name:18s} {len(done):4d} {what}" + (f": {rules}" if rules else ""))
                 lines += [f"  {'':18s}      left alone {text}" for text in _grouped(p)]
         return "\n".join(lines)
 

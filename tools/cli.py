@@ -13,6 +13,7 @@ import typer
 import pvae
 from pvae.module import compile_with
 from pvae.passes.pipeline import Pipeline
+from pvae.passes.tuning_store import TuningStoreError
 from pvae.report import ModelReport
 from pvae.tools import show
 from pvae.tools.bisect import bisect as find_culprit
@@ -28,6 +29,7 @@ from pvae.tools.plan import plan_worlds, world_named
 from pvae.tools.plan_picture import picture
 from pvae.tools.plan_text import details, overview
 from pvae.tools.timing import measure
+from pvae.tools.tune import tune as tune_model
 from pvae.tools.zoo import Unsupported
 from pvae.tools.zoo import names as zoo_names
 
@@ -114,7 +116,7 @@ def explain(
     graph: Graph = None,
     as_json: Json = False,
 ) -> None:
-    """What was rewritten and what was left alone, and why. By shapes alone: needs neither the device nor time."""
+    """What was rewritten and what was left alone, and why; each convolution's forms. By shapes alone."""
     traces = numbered(trace_shapes(request), graph)
     reports = [t.report for _, t in traces if t.report is not None]
     if as_json:
@@ -132,9 +134,40 @@ def explain(
             print(f"  note: {note}")
         if every:
             out.print(show.every_record(trace))
+    shown = [t for _, t in traces]
     if not every:
         print()
-        out.print(show.explained([t for _, t in traces]))
+        out.print(show.explained(shown))
+    if any(p.decisions for r in reports for p in r.passes):
+        print()
+        out.print(show.decisions(shown))
+
+
+@model_command(app)
+def tune(
+    request: Request,
+    again: Annotated[bool, typer.Option("--again", help="Measure what the store knows already too.")] = False,
+    seconds: Annotated[float, typer.Option(min=0, help="Begin no convolution after so many.")] = 3600,
+    as_json: Json = False,
+) -> None:
+    """Time each convolution's forms on this device; kept on disk."""
+    started: list[tuple[Path, int, int]] = []
+
+    def began(path: Path, count: int, known: int) -> None:
+        started.append((path, count, known))
+        show.console(stderr=True).print(f"{count} convolutions, {known} of them known to {path}", style="dim")
+
+    found = []
+    for one in tune_model(request, again=again, seconds=seconds, began=began):
+        found.append(one)
+        if not as_json and one.trial is not None:
+            show.console().print(show.tuned(one), soft_wrap=True, markup=False)
+    ((path, count, _),) = started
+    left = count - len(found)
+    if as_json:
+        emit({"request": request.to_dict(), "store": path, "convolutions": [t.to_dict() for t in found], "left": left})
+    elif left:
+        print(f"{left} convolutions left after {seconds:g} seconds; run it again to go on")
 
 
 @model_command(app)
@@ -376,7 +409,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         app(arguments)
-    except (RequestError, Unsupported, pvae.OptionError, pvae.PipelineError) as error:
+    except (RequestError, Unsupported, pvae.OptionError, pvae.PipelineError, TuningStoreError) as error:
         code, text = 2, str(error)
     except pvae.PvaeError as error:
         code, text = 1, str(error)

@@ -16,6 +16,7 @@ from pvae.tools.check import Checked, Trial
 from pvae.tools.doctor import BROKEN, NOTE, Finding
 from pvae.tools.model_run import Trace, dtype_name
 from pvae.tools.timing import Timing
+from pvae.tools.tune import Tuned
 
 WIDTH_IN_A_FILE = 160
 _DIFF = {"+": "green", "-": "red", "@": "cyan"}
@@ -89,6 +90,35 @@ def explained(traces: Sequence[Trace]) -> Table:
     return rows
 
 
+def decisions(traces: Sequence[Trace]) -> Table:
+    """One line for each distinct convolution and choice: its forms with times or why not, and how often in each graph."""
+    columns = [f"g{i}" for i in range(len(traces))] if len(traces) <= 4 else ["all graphs"]
+    rows = table(*columns, "takes", "convolution", "chosen (source); other forms", right=columns)
+    counts: dict[tuple[str, str], Counter[int]] = {}
+    for number, trace in enumerate(traces):
+        assert trace.report is not None
+        for record in (r for done in trace.report.passes for r in done.decisions):
+            key = record.rule, record.note
+            counts.setdefault(key, Counter())[number if len(traces) <= 4 else 0] += 1
+    for (form, note), by_graph in counts.items():
+        what, _, forms = note.partition(": ")
+        rows.add_row(*(str(by_graph[i] or "") for i in range(len(columns))), form, Text(what), Text(forms))
+    return rows
+
+
+def tuned(found: Tuned) -> str:
+    """A convolution as measured: the forms, fastest first, and what was left out."""
+    head = f"{found.site.count:4} x {found.site.problem}"
+    if found.trial is None:
+        return f"{head}: known"
+    forms = found.trial.forms.items()
+    timed = sorted((m.ms, name, m.config) for name, m in forms if m.ms is not None)
+    lines = [", ".join(f"{name} {ms:.3g} ms" + (f" {list(config)}" if config else "") for ms, name, config in timed)]
+    lines += [f"{name} not: {m.why_not}" for name, m in forms if m.ms is None]
+    lines += [f"dropped {what}: {reason}" for what, reason in found.trial.dropped]
+    return "\n".join([head, *(f"       {line}" for line in lines if line)])
+
+
 def every_record(trace: Trace) -> Table:
     """Each rewrite with its ordinal, and each refusal, of one graph."""
     rows = table("#", "pass", "rule", "node", "note", "model's line", right=("#",))
@@ -96,6 +126,8 @@ def every_record(trace: Trace) -> Table:
     for done in trace.report.passes:
         for r in done.matches:
             rows.add_row(str(r.ordinal), done.name, r.rule, r.node, Text(r.note), Text(r.source))
+        for r in done.decisions:
+            rows.add_row("", done.name, r.rule, r.node, Text(r.note), Text(r.source))
         for r in done.refusals:
             rows.add_row("", done.name, r.rule, r.node, Text(f"left alone: {r.note}"), Text(r.source), style="dim")
     return rows

@@ -206,7 +206,7 @@ def test_other_forms_leave_everything(form: str) -> None:
 )
 def test_auto_on_the_cpu(monkeypatch: pytest.MonkeyPatch, three_d: str, two_d: str, reason: str | None) -> None:
     backends = {5: three_d, 4: two_d}
-    monkeypatch.setattr("pvae.passes.conv3d_unfold.conv_backend", lambda x, *rest: backends[x.dim()])
+    monkeypatch.setattr("pvae.passes.conv_rules.conv_backend", lambda x, *rest: backends[x.dim()])
     _, reports = rewrite(lambda x, w: F.conv3d(x, w, padding=1), X, W, passes="conv3d_unfold")
     assert (len(reports[0].matches), refusals(reports)) == ((0, [reason]) if reason else (1, []))
 
@@ -222,7 +222,9 @@ def on_gpu(channels: int, out: int, dtype: torch.dtype, **options: str) -> tuple
         x = torch.empty(1, channels, 4, 8, 8, device="cuda", dtype=dtype)
         w, b = (torch.empty(*sizes, device="cuda", dtype=dtype) for sizes in ((out, channels, 3, 3, 3), (out,)))
     before = sums(lambda x, w, b: F.conv3d(x, w, b, padding=1))
-    return rewrite(before, x, w, b, passes="conv3d_unfold", options=options)
+    return rewrite(
+        before, x, w, b, passes="conv3d_unfold", options={"machine": "a100", "disable": "conv_taps", **options}
+    )
 
 
 def test_auto_on_cuda_is_channels_last_with_the_bias_apart(monkeypatch: pytest.MonkeyPatch) -> None:

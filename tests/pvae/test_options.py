@@ -57,6 +57,13 @@ def test_booleans_and_none_mean_what_they_say() -> None:
         ({"expect": 3}, {}, "expect takes a dict such as"),
         ({"rewrite_limit": "few"}, {}, "rewrite_limit='few' is not a whole number"),
         ({"rewrite_limit": -1}, {}, "rewrite_limit=-1 is negative"),
+        ({"tuning_store": 3}, {}, "tuning_store=3 is not the path of a file, nor off"),
+        (
+            {"channels_last": "off", "conv3d": "taps"},
+            {},
+            "channels_last='off' and conv3d='taps' contradict each other.*; conv3d='native' and 'unfold2d' work contiguous",
+        ),
+        ({"conv3d": "channels_last"}, {"PVAE_CHANNELS_LAST": "off"}, "conv3d='channels_last' contradict each other"),
         ({"shard": "rings"}, {}, "valid values of shard: none, halo, patch, tile, sequence, auto"),
         ({"shard_inputs": 1}, {}, r"shard_inputs takes a dict .* such as \{'hidden_states': 1\}, not 1"),
         ({"shard_inputs": {}}, {}, "shard_inputs takes a dict"),
@@ -127,7 +134,7 @@ def test_the_environment_wins_and_disable_is_the_union() -> None:
     assert (found.conv3d, found.disable, found.rewrite_limit) == ("unfold2d", ("fold_pad", "canonicalize"), 0)
     assert str(found.pipeline) == (
         "prefix_attention,drop_zero_taps,main_rank,shard,inline_main_rank,fuse_modulation,fuse_residual_gate,conv_dtype,"
-        "conv3d_unfold,channels_last"
+        "fold_upsample,conv_policy,conv_taps,conv3d_unfold,channels_last,fuse_norm_act"
     )
     assert parse_options({}, {"PVAE_REWRITE_LIMIT": ""}).rewrite_limit is None
 

@@ -1,0 +1,205 @@
+"""`pvae::conv_taps`: a convolution on channels-last activations as shifted matrix products, one a tap.
+
+    y = activation(conv(cat(before, x), weight) + bias + residual)
+
+No padded copy, no im2col, no concatenation with a causal cache: each is arithmetic on the addresses that a patch is loaded
+from (conv_taps_kernel.py). Weights are a convolution's own in channels_last order, so nothing is prepared but their layout.
+With `upsample` x counts as enlarged twice by nearest neighbours in H and W, and the weight holds the four 2x2 kernels of
+`phase_weight`: 4/9 of the arithmetic, and the enlarged picture is never written.
+
+Sources: implicit GEMM as in CUTLASS and cuDNN; the causal cache as an address as in no other that we know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pvae.kernels.channels_last import FORMATS
+from pvae.kernels.conv_taps_config import Config, candidate_configs, default_config
+from pvae.kernels.conv_taps_launch import FLOATS, launch
+from pvae.kernels.norm_launch import device_refusal
+
+ACTIVATIONS = ("none", "silu", "relu")
+
+
+def supports(x: Tensor, weight: Tensor, groups: int = 1) -> str | None:
+    """Why the op does not take this convolution, or None. Takes fake tensors."""
+    if x.dim() not in FORMATS:
+        return f"{x.dim() - 2} spatial dimensions, not 2 or 3"
+    if not x.dtype.is_floating_point:
+        return f"{x.dtype} is not a floating-point type"
+    if weight.dtype != x.dtype:
+        return f"the activation is {x.dtype}, the weight {weight.dtype}"
+    if groups != 1:
+        return f"{groups} groups"
+    return None
+
+
+def refusal(x: Tensor, weight: Tensor) -> str | None:
+    """Why this call runs in the reference and not in the kernel, or None: `supports`, the device, and fp32's rounding."""
+    reason = supports(x, weight) or device_refusal(x.device.type)
+    if reason is None and x.dtype not in FLOATS:
+        return f"{x.dtype} is not fp16, bf16 or fp32"
+    if reason is None and x.dtype == torch.float32 and x.device.type == "cuda" and not torch.backends.cudnn.allow_tf32:
+        return "fp32 without tf32 (torch.backends.cudnn.allow_tf32) has no tensor cores"
+    return reason
+
+
+def out_shape(
+    x: Tensor,
+    before: Tensor | None,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    upsample: bool,
+) -> list[int]:
+    """[N, O, (T',) H', W']."""
+    sizes = list(x.shape[2:])
+    if before is not None:
+        sizes[0] = sizes[0] + before.shape[2]
+    kernel, out = weight.shape[2:], weight.shape[0] // 4 if upsample else weight.shape[0]
+    spatial = [
+        (size + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+        for i, size in enumerate(sizes)
+    ]
+    if upsample:
+        spatial[-2:] = [2 * sizes[-2], 2 * sizes[-1]]
+    return [x.shape[0], out, *spatial]
+
+
+def _check(
+    x: Tensor, before: Tensor | None, weight: Tensor, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], upsample: bool, activation: str,
+) -> None:  # fmt: skip
+    spatial = x.dim() - 2
+    if (len(stride), len(padding), len(dilation)) != (spatial, 2 * spatial, spatial):
+        raise ValueError(
+            f"conv_taps: {spatial} spatial dimensions, stride {stride}, padding {padding}, dilation {dilation}"
+        )
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"conv_taps: activation {activation!r} is none of {', '.join(ACTIVATIONS)}")
+    if before is not None and x.dim() != 5:
+        raise ValueError("conv_taps: frames before x, but x has no time dimension")
+    if min(padding) < 0:
+        raise ValueError(f"conv_taps: padding {list(padding)} is negative")
+    if upsample:
+        last = (
+            list(stride[-2:]),
+            list(dilation[-2:]),
+            list(padding[-4:]),
+            list(weight.shape[-2:]),
+            weight.shape[0] % 4,
+        )
+        if last != ([1, 1], [1, 1], [1, 1, 1, 1], [2, 2], 0):
+            raise ValueError(
+                "conv_taps: upsample takes a phase weight [4*O, C, ..., 2, 2], stride 1, and padding 1 in H and W"
+            )
+
+
+@torch.library.custom_op("pvae::conv_taps", mutates_args=())
+def conv_taps(
+    x: Tensor,
+    before: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    upsample: bool,
+    activation: str,
+    config: Sequence[int],
+) -> Tensor:
+    """x [N, C, (T,) H, W], weight [O, C, (kt,) kh, kw] -> [N, O, (T',) H', W'] in channels_last(_3d), of x's dtype.
+
+    Args:
+        before: [N, C, Tb, H, W], frames in front of x.
+        bias: [O]; residual: as the result. Both are added in fp32.
+        stride, dilation: one for each spatial dimension; padding: (front, back) for each, zeros.
+        upsample: see above; then weight is [4*O, C, (kt,) 2, 2], and H' and W' are twice H and W.
+        activation: none, silu or relu.
+        config: the kernel's `Config` as numbers, or none for its own choice.
+
+    Fast if x is channels_last already; else it is copied so. fp32 multiplies in tf32 where torch's convolutions may.
+    Raises ValueError where the arguments do not go together.
+    """
+    _check(x, before, weight, stride, padding, dilation, upsample, activation)
+    if refusal(x, weight) is not None:
+        y = reference(x, before, weight, bias, residual, stride, padding, dilation, upsample, activation)
+        return y.clone(memory_format=FORMATS[x.dim()])
+    shape = out_shape(x, before, weight, stride, padding, dilation, upsample)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=FORMATS[x.dim()])
+    launch(x, before, weight, bias, residual, stride, padding, dilation, upsample, activation, config, y)
+    return y
+
+
+@conv_taps.register_fake
+def _(
+    x: Tensor,
+    before: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    upsample: bool,
+    activation: str,
+    config: Sequence[int],
+) -> Tensor:
+    n, out, *spatial = out_shape(x, before, weight, stride, padding, dilation, upsample)
+    return x.new_empty([n, *spatial, out]).movedim(-1, 1)
+
+
+OP = torch.ops.pvae.conv_taps.default
+
+
+def reference(
+    x: Tensor,
+    before: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    upsample: bool,
+    activation: str,
+) -> Tensor:
+    """The semantics, in torch's own ops."""
+    if before is not None:
+        x = torch.cat([before, x], 2)
+    convolve = functional.conv2d if x.dim() == 4 else functional.conv3d
+
+    def conv(weight: Tensor, padding: Sequence[int]) -> Tensor:
+        widths = [w for i in reversed(range(x.dim() - 2)) for w in padding[2 * i : 2 * i + 2]]
+        padded = functional.pad(x, widths) if any(widths) else x
+        return convolve(padded, weight, bias, tuple(stride), 0, tuple(dilation))
+
+    if upsample:
+        phases = [conv(w, [*padding[:-4], 1 - p // 2, p // 2, 1 - p % 2, p % 2]) for p, w in enumerate(weight.chunk(4))]
+        rows = [torch.stack(phases[i : i + 2], -1).flatten(-2) for i in (0, 2)]
+        y = torch.stack(rows, -2).flatten(-3, -2)
+    else:
+        y = conv(weight, padding)
+    if residual is not None:
+        y = y + residual
+    return {"none": lambda y: y, "silu": functional.silu, "relu": functional.relu}[activation](y)
+
+
+__all__ = [
+    "OP",
+    "Config",
+    "candidate_configs",
+    "conv_taps",
+    "default_config",
+    "out_shape",
+    "reference",
+    "refusal",
+    "supports",
+]

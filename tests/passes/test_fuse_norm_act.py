@@ -1,0 +1,475 @@
+"""fuse_norm_act: every spelling of autoencoders becomes one op, near misses say why, the rest is left."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+import pvae
+from pvae.passes.rule import Report
+from pvae.runtime.torch_compat import new_fake_mode
+from pvae.testing import agreement, assert_rewrites_to, refusals, relative_error, rewrite, video_models
+
+Function = Callable[..., Any]
+PASSES = "canonicalize,fuse_norm_act"
+ON = {"norm_act": "on"}
+
+aten = torch.ops.aten
+channel = torch.ops.pvae.channel_norm_act.default
+group = torch.ops.pvae.group_norm_act.default
+
+C = 8
+X, XH = torch.randn(2, C, 3, 4, 5), torch.randn(2, C, 3, 4, 5, dtype=torch.bfloat16)
+PICTURE = torch.randn(2, C, 4, 5)
+W, B, W3 = torch.randn(C), torch.randn(C), torch.randn(C, 1, 1, 1)
+K = torch.randn(4, C, 3, 3, 3)
+
+
+def check(before: Function, expected: Function, *args: Tensor) -> Report:
+    """`assert_rewrites_to` for one result, summed: what is returned would get eager's memory, by one more op."""
+    reports = assert_rewrites_to(
+        lambda *a: before(*a).sum(), _summed(expected, len(args)), *args, passes=PASSES, options=ON
+    )
+    return reports[1]
+
+
+def _summed(expected: Function, count: int) -> Function:
+    letters = "abcdefgh"[:count]
+    scope = {"expected": expected, "total": aten.sum.default}
+    result: Function = eval(f"lambda {', '.join(letters)}: (total(expected({', '.join(letters)})),)", scope)
+    return result
+
+
+def wan(x: Tensor, w: Tensor) -> Tensor:
+    return F.normalize(x, dim=1) * C**0.5 * w + 0.0
+
+
+def wan_in_float32(x: Tensor, w: Tensor) -> Tensor:
+    return F.normalize(x.float(), dim=1).to(x.dtype) * C**0.5 * w + 0.0
+
+
+def by_mean(x: Tensor) -> Tensor:
+    return x / torch.sqrt((x**2).mean(1, keepdim=True) + 1e-8)
+
+
+def rms_over_last(x: Tensor) -> Tensor:
+    """diffusers' RMSNorm."""
+    variance = x.to(torch.float32).pow(2).mean(-1, keepdim=True)
+    return x * torch.rsqrt(variance + 1e-6)
+
+
+def moved(norm: Function, x: Tensor, *args: Any) -> Tensor:
+    return norm(x.movedim(1, -1), *args).movedim(-1, 1)
+
+
+def frames(x: Tensor, w: Tensor, b: Tensor, size: int = 99) -> Tensor:
+    """Group norm of each frame, `size` at a time, as Mochi's."""
+    folded = x.permute(0, 2, 1, 3, 4).flatten(0, 1)
+    y = torch.cat([F.group_norm(part, 4, w, b) for part in folded.split(size)])
+    return y.unflatten(0, (x.shape[0], -1)).permute(0, 2, 1, 3, 4)
+
+
+CHANNEL: dict[str, tuple[Function, Function, tuple[Tensor, ...]]] = {
+    "normalize": (
+        lambda x, w: F.silu(wan(x, w)),
+        lambda x, w: channel(x, aten.reshape.default(w, [-1]), None, "l2", 1e-12, C**0.5, "silu"),
+        (X, W3),
+    ),
+    "normalize in float32": (
+        lambda x, w: F.silu(wan_in_float32(x, w)),
+        lambda x, w: channel(x, aten.reshape.default(w, [-1]), None, "l2", 1e-12, C**0.5, "silu"),
+        (XH, W3.to(XH.dtype)),
+    ),
+    "no activation": (
+        lambda x, w: wan(x, w),
+        lambda x, w: channel(x, aten.reshape.default(w, [-1]), None, "l2", 1e-12, C**0.5, "none"),
+        (PICTURE, W3[..., 0]),
+    ),
+    "square root of the mean": (
+        lambda x: F.silu(by_mean(x)),
+        lambda x: channel(x, None, None, "rms", 1e-8, 1.0, "silu"),
+        (X,),
+    ),
+    "between movedims": (
+        lambda x: F.silu(moved(rms_over_last, x)),
+        lambda x: channel(x, None, None, "rms", 1e-6, 1.0, "silu"),
+        (X,),
+    ),
+    "weight and bias between movedims": (
+        lambda x, w, b: F.relu(moved(lambda y: rms_over_last(y) * w + b, x)),
+        lambda x, w, b: channel(x, w, b, "rms", 1e-6, 1.0, "relu"),
+        (PICTURE, W, B),
+    ),
+    "half precision between movedims": (
+        lambda x: F.gelu(moved(lambda y: rms_over_last(y).to(y.dtype), x)),
+        lambda x: channel(x, None, None, "rms", 1e-6, 1.0, "gelu"),
+        (XH,),
+    ),
+    "rms_norm": (
+        lambda x, w: moved(lambda y: F.rms_norm(y, (C,), w, 1e-6), x),
+        lambda x, w: channel(x, w, None, "rms", 1e-6, 1.0, "none"),
+        (X, W),
+    ),
+    "layer norm": (
+        lambda x, w, b: moved(lambda y: F.layer_norm(y, (C,), w, b, 1e-6), x),
+        lambda x, w, b: channel(x, w, b, "layer", 1e-6, 1.0, "none"),
+        (X, W, B),
+    ),
+    "scale and shift of a sample": (
+        lambda x, s, t: F.silu(moved(rms_over_last, x) * (1 + s) + t),
+        lambda x, s, t: channel(x, None, None, "rms", 1e-6, 1.0, "silu", scale=aten.add.Tensor(s, 1), shift=t),
+        (X, torch.randn(2, C, 1, 1, 1), torch.randn(2, C, 1, 1, 1)),
+    ),
+    "a residual": (
+        lambda x, r: moved(rms_over_last, x) + r,
+        lambda x, r: channel(x, None, None, "rms", 1e-6, 1.0, "none", shift=r),
+        (X, torch.randn_like(X)),
+    ),
+}  # fmt: skip
+GROUP: dict[str, tuple[Function, Function, tuple[Tensor, ...]]] = {
+    "group norm": (
+        lambda x, w, b: F.silu(F.group_norm(x, 4, w, b, 1e-6)),
+        lambda x, w, b: group(x, 4, w, b, 1e-6, "silu"),
+        (X, W, B),
+    ),
+    "spatial norm": (
+        lambda x, w, b, s, t: F.silu(F.group_norm(x, 4, w, b) * s + t),
+        lambda x, w, b, s, t: group(x, 4, w, b, 1e-5, "silu", scale=s, shift=t),
+        (X, W, B, torch.randn_like(X), torch.randn_like(X)),
+    ),
+    "casts": (
+        lambda x, w, b: F.silu(F.group_norm(x.float(), 4, w, b, 1e-6).to(x.dtype)),
+        lambda x, w, b: group(x, 4, w, b, 1e-6, "silu"),
+        (XH, W, B),
+    ),
+    "of frames": (
+        lambda x, w, b: F.silu(frames(x, w, b)),
+        lambda x, w, b: group(x, 4, w, b, 1e-5, "silu", per_frame=True),
+        (X, W, B),
+    ),
+    "of frames, four at a time": (
+        lambda x, w, b: F.silu(frames(x, w, b, 4)),
+        lambda x, w, b: group(x, 4, w, b, 1e-5, "silu", per_frame=True),
+        (X, W, B),
+    ),
+}
+
+
+@pytest.mark.parametrize("spelling", [*CHANNEL, *GROUP])
+def test_spellings(spelling: str) -> None:
+    before, expected, args = (CHANNEL | GROUP)[spelling]
+    report = check(before, expected, *args)
+    assert len(report.matches) == 1 and not report.refusals
+    gm, _ = rewrite(before, *args, passes=PASSES, options=ON)
+    exact = before(*(a.double() for a in args)) if args[0].dtype == torch.float32 else before(*args).double()
+    assert relative_error(gm(*args)[0], exact) < (1e-6 if args[0].dtype == torch.float32 else 1e-2)
+
+
+# Borders --------------------------------------------------------------------------------------------------------------
+
+
+def norm(x: Tensor) -> Tensor:
+    return F.silu(F.group_norm(x, 4))
+
+
+def joined(y: Tensor, front: int, back: int) -> Tensor:
+    """LTX: the first and the last frame repeated."""
+    parts = [y[:, :, :1].repeat(1, 1, front, 1, 1), y, y[:, :, -1:].repeat(1, 1, back, 1, 1)]
+    return torch.cat(parts[:2] if not back else parts, 2)
+
+
+def twice(y: Tensor) -> Tensor:
+    """CogVideoX: the first frame, listed twice."""
+    first = y[:, :, :1]
+    return torch.cat([first, first, y], 2)
+
+
+BORDERS: dict[str, tuple[Function, list[int], str]] = {
+    "replicate": (lambda y: F.pad(y, (1, 1, 1, 1, 2, 0), "replicate"), [2, 0, 1, 1, 1, 1], "replicate"),
+    "reflect": (lambda y: F.pad(y, (1, 2), "reflect"), [0, 0, 0, 0, 1, 2], "reflect"),
+    "zeros in front": (lambda y: F.pad(y, (0, 0, 0, 0, 2, 0)), [2, 0, 0, 0, 0, 0], "constant"),
+    "repeated frames": (lambda y: joined(y, 1, 1), [1, 1, 0, 0, 0, 0], "replicate"),
+    "listed frames": (twice, [2, 0, 0, 0, 0, 0], "replicate"),
+    "frames, then pictures": (
+        lambda y: F.pad(joined(y, 2, 0), (1, 1, 1, 1, 0, 0), "reflect"),
+        [2, 0, 1, 1, 1, 1],
+        "replicate,reflect,reflect",
+    ),
+}
+
+
+@pytest.mark.parametrize("border", BORDERS)
+def test_borders(border: str) -> None:
+    pad, widths, mode = BORDERS[border]
+    check(
+        lambda x, k: F.conv3d(pad(norm(x)), k),
+        lambda x, k: aten.conv3d.default(group(x, 4, None, None, 1e-5, "silu", padding=widths, mode=mode), k),
+        X,
+        K,
+    )
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda y, k: (F.pad(y, (1, 1), "replicate").sum(),),  # no convolution reads it
+        lambda y, k: (F.conv3d(F.pad(y, (1, 1), "replicate"), k), y.sum()),  # something else reads the inside
+        lambda y, k: (F.conv3d(F.pad(y, (1, 1), "circular"), k),),
+        lambda y, k: (F.conv3d(F.pad(y, (1, 1), value=1.0), k),),
+        lambda y, k: (F.conv3d(F.pad(y, (-1, 2)), k),),
+        lambda y, k: (F.conv3d(torch.cat([y[:, :, 1:2], y], 2), k),),  # not the first frame
+        lambda y, k: (F.conv3d(torch.cat([y[:, :, :2], y], 2), k),),  # not one frame
+        lambda y, k: (F.conv3d(torch.cat([y, y], 2), k),),
+        lambda y, k: (F.conv3d(torch.cat([y[..., :1], y], -1), k),),
+        lambda y, k: (F.conv3d(torch.cat([torch.zeros_like(y), y], 2), k),),  # a cache
+        lambda y, k: (F.conv3d(F.pad(joined(y, 1, 0), (0, 0, 0, 0, 1, 0), "reflect"), k), y.sum()),
+    ],
+)
+def test_what_is_no_border_stays(after: Function) -> None:
+    gm, reports = rewrite(lambda x, k: after(norm(x), k), X, K, passes=PASSES, options=ON)
+    (node,) = [n for n in gm.graph.nodes if n.target is group]
+    assert len(node.args) == 6 and not node.kwargs
+    torch.testing.assert_close(gm(X, K), list(after(norm(X), K)), rtol=1e-4, atol=1e-4)
+
+
+def test_a_second_pad_in_time_stays() -> None:
+    def before(x: Tensor, k: Tensor) -> Tensor:
+        return F.conv3d(F.pad(joined(norm(x), 2, 0), (0, 0, 0, 0, 1, 0)), k)
+
+    gm, _ = rewrite(before, X, K, passes=PASSES, options=ON)
+    targets = [n.target for n in gm.graph.nodes]
+    assert aten.pad.default in targets and group in targets
+    torch.testing.assert_close(gm(X, K)[0], before(X, K), rtol=1e-4, atol=1e-4)
+
+
+# Where a chain ends ---------------------------------------------------------------------------------------------------
+
+
+def test_a_value_that_others_read_ends_the_chain() -> None:
+    check(
+        lambda x, w, b: (lambda y: F.silu(y).matmul(y.mT))(F.group_norm(x, 4, w, b)),
+        lambda x, w, b: (lambda y: aten.matmul.default(aten.silu.default(y), aten.transpose.int(y, -2, -1)))(
+            group(x, 4, w, b, 1e-5, "none")
+        ),
+        X, W, B,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("after", "ops"),
+    [
+        (lambda y, x: y * y, [aten.mul.Tensor]),
+        (lambda y, x: F.silu(y + 1.0), [aten.add.Tensor, aten.silu.default]),
+        (lambda y, x: F.silu(y * 2.0), [aten.mul.Tensor, aten.silu.default]),  # a norm of groups has no factor
+        (lambda y, x: F.gelu(y, approximate="tanh"), [aten.gelu.default]),
+        (lambda y, x: F.silu(y) * x, [aten.mul.Tensor]),
+        (lambda y, x: torch.add(y, x, alpha=2), [aten.add.Tensor]),
+        (lambda y, x: y * x[:1], [aten.slice.Tensor, aten.mul.Tensor]),
+    ],
+)
+def test_what_ends_a_chain(after: Function, ops: list[Any]) -> None:
+    gm, _ = rewrite(lambda x: after(F.group_norm(x, 4), x).sum(), X, passes=PASSES, options=ON)
+    targets = [n.target for n in gm.graph.nodes if n.op == "call_function"]
+    assert group in targets and [t for t in targets if t is not group] == [*ops, aten.sum.default]
+    torch.testing.assert_close(gm(X)[0], after(F.group_norm(X, 4), X).sum(), rtol=1e-4, atol=1e-3)
+
+
+def test_a_norm_of_tokens_is_none_of_these() -> None:
+    for function, x in (
+        (lambda x: F.layer_norm(x, (C,)), torch.randn(2, 6, C)),
+        (rms_over_last, torch.randn(2, 6, C)),
+        (lambda x: F.normalize(x, dim=-1), X),
+        (lambda x: x / x.abs().sum(1, keepdim=True).clamp_min(1e-6), X),
+        (lambda x: x / torch.linalg.vector_norm(x, 1, 1, keepdim=True).clamp_min(1e-6), X),
+        (lambda x: x * torch.rsqrt((X * X).mean(1, keepdim=True) + 1e-6), X),  # another's mean
+    ):
+        _, reports = rewrite(function, x, passes=PASSES, options=ON)
+        assert not reports[1].matches and not refusals(reports)
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+
+
+def auto(function: Function, *shapes: tuple[int, ...], dtype: Any, device: str = "cuda", laid: bool = True) -> list[Report]:
+    with new_fake_mode():
+        args = [torch.empty(s, device=device, dtype=dtype) for s in shapes]
+        if laid:
+            args = [a.to(memory_format=torch.channels_last_3d) if a.dim() == 5 else a for a in args]
+    return rewrite(function, *args, passes=PASSES)[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"dtype": torch.float16}, None),
+        ({"dtype": torch.float32}, None),
+        ({"dtype": torch.float64}, "x is torch.float64"),
+        ({"device": "cpu"}, "no kernel runs on cpu"),
+        ({"laid": False}, "x is not channels-last"),
+    ],
+)
+def test_auto_is_for_gpus_and_channels_last(changes: dict[str, Any], reason: str | None) -> None:
+    for function in (lambda x: norm(x), lambda x: by_mean(x), lambda x: moved(rms_over_last, x).to(x.dtype)):
+        reports = auto(function, (1, C, 3, 4, 5), **{"dtype": torch.bfloat16, **changes})
+        assert refusals(reports) == ([] if reason is None else [reason])
+        assert len(reports[1].matches) == (reason is None)
+
+
+def test_auto_takes_operands_like_x_only_where_they_are_laid_out_like_it() -> None:
+    def before(x: Tensor, s: Tensor) -> Tensor:
+        return F.group_norm(x, 4) * s.transpose(3, 4)
+
+    (record,) = auto(before, (1, C, 3, 4, 5), (1, C, 3, 5, 4), dtype=torch.bfloat16)[1].matches
+    assert record.note == "group norm + scale"  # strided, but each position's channels are side by side
+    (record,) = auto(before, (1, C, 3, 4, 5), (1, C, 3, 5, 4), dtype=torch.bfloat16, laid=True)[1].matches
+    reports = auto(lambda x, s: F.group_norm(x, 4) * s.view(1, C, 3, 4, 5), (1, C, 3, 4, 5), (C, 60), dtype=torch.half)
+    assert [m.note for m in reports[1].matches] == ["group norm"]
+
+
+def test_off() -> None:
+    _, reports = rewrite(norm, X, passes=PASSES, options={"norm_act": "off"})
+    assert not reports[1].matches and not reports[1].refusals
+
+
+@pytest.mark.parametrize(
+    ("function", "x", "reason"),
+    [
+        (lambda x: F.group_norm(x, 4), torch.randn(2, C, 6), "group norm of 3 dimensions, neither pictures nor videos"),
+        (
+            lambda x: by_mean(x.float()).double() * 1.0 + by_mean(x),
+            X.double(),
+            "it rounds torch.float64 to less inside",
+        ),
+        (
+            lambda x: F.group_norm(x.float(), 4),
+            XH,
+            "its result is torch.float32 and x torch.bfloat16, or its channels stay last",
+        ),
+    ],
+)
+def test_refusals(function: Function, x: Tensor, reason: str) -> None:
+    gm, reports = rewrite(function, x, passes=PASSES, options=ON)
+    assert reason in refusals(reports) or reason.startswith("it rounds")
+    torch.testing.assert_close(gm(x)[0], function(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_rounding_inside_float64_is_kept() -> None:
+    """LTX's norms round to float32 inside a float64 model; one op in float64 would be another result."""
+    _, reports = rewrite(lambda x: moved(rms_over_last, x), X.double(), passes=PASSES, options=ON)
+    assert refusals(reports) == ["it rounds torch.float64 to less inside"]
+
+
+# Numbers --------------------------------------------------------------------------------------------------------------
+
+
+@given(video_models())
+@settings(max_examples=25, deadline=None)
+def test_random_models_in_double_precision(drawn: tuple[nn.Module, Tensor]) -> None:
+    model, x = drawn[0].double(), drawn[1].double()
+    compiled = pvae.compile(copy.deepcopy(model), engine="eager", norm_act="on", strict="on")
+    with torch.no_grad():
+        assert relative_error(compiled(x), model(x)) < 1e-12
+
+
+class Block(nn.Module):
+    """What autoencoders are made of, in one of their ways."""
+
+    def __init__(self, kind: str, act: nn.Module, frames_apart: bool, pad: str) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(C, 1, 1, 1)), nn.Parameter(torch.randn(C))
+        self.conv = nn.Conv3d(C, C, (2, 3, 3))
+        self.kind, self.act, self.frames_apart, self.pad = kind, act, frames_apart, pad
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, b = self.weight, self.bias
+        if self.kind == "normalize":
+            y = F.normalize(x, dim=1) * C**0.5 * w
+        elif self.kind == "group":
+            y = frames(x, w.flatten(), b, 2) if self.frames_apart else F.group_norm(x, 2, w.flatten(), b)
+        else:
+            y = moved(lambda v: rms_over_last(v).to(v.dtype) * w.flatten() + b, x)
+        y = self.act(y)
+        if self.pad == "frames":
+            return self.conv(F.pad(joined(y, 1, 0), (1, 1, 1, 1)))
+        return x + self.conv(F.pad(y, (1, 1, 1, 1, 1, 0), self.pad))
+
+
+@given(
+    kind=st.sampled_from(("normalize", "group", "rms")),
+    act=st.sampled_from((nn.SiLU(), nn.ReLU(), nn.GELU(), nn.Identity())),
+    frames_apart=st.booleans(),
+    pad=st.sampled_from(("replicate", "reflect", "constant", "frames")),
+    size=st.tuples(st.integers(1, 2), st.integers(2, 4), st.integers(2, 5), st.integers(2, 5)),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16)),
+    layout=st.sampled_from((torch.contiguous_format, torch.channels_last_3d)),
+)
+@settings(max_examples=25, deadline=None)
+def test_error_contract(
+    kind: str, act: nn.Module, frames_apart: bool, pad: str, size: Any, dtype: Any, layout: Any
+) -> None:
+    torch.manual_seed(0)
+    model = Block(kind, act, frames_apart, pad).to(dtype)
+    n, *spatial = size
+    x = torch.randn(n, C, *spatial).to(dtype).to(memory_format=layout)
+    compiled = pvae.compile(copy.deepcopy(model), engine="eager", norm_act="on", strict="on", disable="conv_taps")
+    with torch.no_grad():
+        found = agreement(compiled(x), model(x), copy.deepcopy(model).double()(x.double()))
+    assert pvae.report(compiled).matches("fuse_norm_act") == 1
+    assert found.ok, str(found)
+
+
+@pytest.mark.parametrize("kind", ["normalize", "group", "rms"])
+def test_sizes_that_change(kind: str) -> None:
+    model = Block(kind, nn.SiLU(), False, "replicate")
+    compiled = torch.compile(model, backend="pvae", dynamic=True, options={"engine": "eager", "norm_act": "on"})
+    with torch.no_grad():
+        for size in ((2, C, 3, 4, 5), (3, C, 4, 6, 7), (2, C, 5, 8, 6)):
+            x = torch.randn(size)
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    graphs = pvae.report(model).graphs
+    assert len(graphs) == 1
+    (report,) = [p for p in graphs[0].passes if p.name == "fuse_norm_act"]
+    assert len(report.matches) == 1 and report.matches[0].note.endswith("silu + replicate border")
+
+
+def test_auto_with_symbolic_sizes() -> None:
+    """Strides of a channels-last activation are products of symbols, and still known to be such."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    from pvae.passes.channel_norm import is_innermost
+
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        x = torch.randn(2, C, 3, 4, 5)
+        laid = mode.from_tensor(x.to(memory_format=torch.channels_last_3d))
+        assert is_innermost(torch.relu(laid)) and not is_innermost(mode.from_tensor(x))
+
+
+@pytest.mark.parametrize("engine", ["eager", "inductor"])
+def test_two_instances_share_one_compile(engine: str) -> None:
+    blocks = [Block("group", nn.SiLU(), False, "replicate") for _ in range(2)]
+    x = torch.randn(1, C, 2, 4, 4)
+    with torch.no_grad():
+        want = [block(x) for block in blocks]
+        for block in blocks:
+            pvae.compile(block, engine=engine, norm_act="on")
+        for block, result in zip(blocks, want, strict=True):
+            torch.testing.assert_close(block(x), result, rtol=1e-4, atol=1e-5)
+        assert [g.shared_with for g in pvae.report(None).graphs] == [None, 0]
+
+
+def test_the_layout_that_the_op_states_is_in_the_graph() -> None:
+    gm: GraphModule = rewrite(norm, X, passes=PASSES, options=ON)[0]
+    (node,) = [n for n in gm.graph.nodes if n.target is group]
+    assert node.meta["val"].is_contiguous(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(gm(X)[0], norm(X), rtol=1e-5, atol=1e-5)
