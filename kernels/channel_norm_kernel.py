@@ -131,10 +131,10 @@ def channel_norm_kernel(
     TILES: tl.constexpr,
 ):
     every = tl.full([1, 1], 1, tl.int1)
-    block = tl.program_id(0)
-    if NORM == "group":
-        block = tl.num_programs(0) - 1 - block  # the statistics were taken front to back: the end may still be in L2
-    frame = tl.program_id(1)
+    block, frame = tl.program_id(0), tl.program_id(1)
+    if NORM == "group":  # its statistics were taken front to back: the end may still be in L2
+        block = tl.num_programs(0) - 1 - block
+        frame = tl.num_programs(1) - 1 - frame
     n = frame // out_frames
     t = _source(frame % out_frames - FRONT_T, frames, MODE_T)
     seen = (t >= 0) & (t < frames)

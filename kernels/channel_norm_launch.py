@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pvae.kernels.channel_norm_config import MAX_CHANNELS, chunk_config, group_config, norm_config, whole_group
-from pvae.kernels.channel_norm_layout import Border, Layout, Operands, check, find_layout, is_vector
+from pvae.kernels.channel_norm_layout import Border, Layout, Operands, Sizes, check, find_layout, is_vector
 from pvae.kernels.channel_norm_reference import Norm, empty_result, reference
 from pvae.kernels.norm_config import next_power_of_2
 from pvae.kernels.norm_launch import FLOATS, GRID_LIMIT, device_refusal
@@ -126,7 +126,7 @@ def _plan(norm: Norm, border: Border, signature: tuple[Any, ...]) -> Plan | str:
     device = signature[0][3]
     if len({s[3] for s in signature if s is not None}) > 1:
         raise ValueError("the operands are on different devices")
-    operands = Operands(*meta)  # type: ignore[arg-type]
+    operands = Operands(*meta)
     check(operands)
     norm.check(operands, border)
     if reason := device_refusal(device.type):
@@ -178,7 +178,7 @@ def _dense_vector(operand: Tensor, x: Tensor) -> bool:
     return not is_vector(operand, x) or operand.shape[1] == 1 or operand.stride(1) == 1
 
 
-def _units(strides: dict[str, tuple[int, ...]]) -> int:
+def _units(strides: dict[str, Sizes]) -> int:
     """What divides all strides, up to 16 elements."""
     return math.gcd(16, *(step for steps in strides.values() for step in steps))
 

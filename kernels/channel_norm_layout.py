@@ -45,9 +45,13 @@ class Border:
         if len(modes) == 1:
             modes *= spatial
         if len(modes) != spatial or any(m not in MODES for m in modes):
-            raise ValueError(f"mode {mode!r} is not one of {', '.join(MODES)}, nor {spatial} of them with commas between")
+            raise ValueError(
+                f"mode {mode!r} is not one of {', '.join(MODES)}, nor {spatial} of them with commas between"
+            )
         if len(padding) not in (0, 2 * spatial) or any(width < 0 for width in padding):
-            raise ValueError(f"padding {list(padding)} is not (front, back) for each of {spatial} dimensions, 0 or more")
+            raise ValueError(
+                f"padding {list(padding)} is not (front, back) for each of {spatial} dimensions, 0 or more"
+            )
         missing = 3 - spatial
         widths = (0, 0) * missing + (tuple(padding) or (0, 0) * spatial)
         return cls(widths, ("constant",) * missing + tuple(modes))

@@ -24,10 +24,10 @@ ACTIVATIONS = {
 class Norm:
     """What is computed besides borders.
 
-        rms     factor * x / sqrt(mean(x * x) + eps)          over the channels of a position
-        l2      factor * x / max(sqrt(sum(x * x)), eps)       `normalize`, as Wan's and Qwen's autoencoders have it
-        layer   (x - mean) / sqrt(variance + eps)
-        group   the same, over the channels of a group and all positions of a sample, or of a frame with `per_frame`
+    rms     factor * x / sqrt(mean(x * x) + eps)          over the channels of a position
+    l2      factor * x / max(sqrt(sum(x * x)), eps)       `normalize`, as Wan's and Qwen's autoencoders have it
+    layer   (x - mean) / sqrt(variance + eps)
+    group   the same, over the channels of a group and all positions of a sample, or of a frame with `per_frame`
     """
 
     kind: str

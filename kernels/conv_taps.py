@@ -12,7 +12,10 @@ Sources: implicit GEMM as in CUTLASS and cuDNN; the causal cache as an address a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +23,9 @@ from torch.nn import functional
 
 from pvae.kernels.channels_last import FORMATS
 from pvae.kernels.conv_taps_config import Config, candidate_configs, default_config
-from pvae.kernels.conv_taps_launch import FLOATS, launch
+from pvae.kernels.conv_taps_launch import FLOATS, Call, Memory, Plan, make_plan, on_device
 from pvae.kernels.norm_launch import device_refusal
+from pvae.kernels.norm_op import functional_op
 
 ACTIVATIONS = ("none", "silu", "relu")
 
@@ -41,10 +45,14 @@ def supports(x: Tensor, weight: Tensor, groups: int = 1) -> str | None:
 
 def refusal(x: Tensor, weight: Tensor) -> str | None:
     """Why this call runs in the reference and not in the kernel, or None: `supports`, the device, and fp32's rounding."""
-    reason = supports(x, weight) or device_refusal(x.device.type)
-    if reason is None and x.dtype not in FLOATS:
-        return f"{x.dtype} is not fp16, bf16 or fp32"
-    if reason is None and x.dtype == torch.float32 and x.device.type == "cuda" and not torch.backends.cudnn.allow_tf32:
+    return supports(x, weight) or _refusal(x.dtype, x.device.type, torch.backends.cudnn.allow_tf32)
+
+
+def _refusal(dtype: torch.dtype, device: str, tf32: bool) -> str | None:
+    reason = device_refusal(device)
+    if reason is None and dtype not in FLOATS:
+        return f"{dtype} is not fp16, bf16 or fp32"
+    if reason is None and dtype == torch.float32 and device == "cuda" and not tf32:
         return "fp32 without tf32 (torch.backends.cudnn.allow_tf32) has no tensor cores"
     return reason
 
@@ -73,10 +81,15 @@ def out_shape(
 
 
 def _check(
-    x: Tensor, before: Tensor | None, weight: Tensor, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], upsample: bool, activation: str,
+    x: Tensor, before: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], upsample: bool, activation: str,
 ) -> None:  # fmt: skip
+    """The kernel reads by these sizes: one that is wrong would be memory of another tensor."""
     spatial = x.dim() - 2
+    if x.dim() not in FORMATS or weight.dim() != x.dim() or weight.shape[1] != x.shape[1]:
+        raise ValueError(f"conv_taps: x {list(x.shape)} does not go with weight {list(weight.shape)}")
+    if weight.dtype != x.dtype:
+        raise ValueError(f"conv_taps: x is {x.dtype}, the weight {weight.dtype}")
     if (len(stride), len(padding), len(dilation)) != (spatial, 2 * spatial, spatial):
         raise ValueError(
             f"conv_taps: {spatial} spatial dimensions, stride {stride}, padding {padding}, dilation {dilation}"
@@ -85,6 +98,14 @@ def _check(
         raise ValueError(f"conv_taps: activation {activation!r} is none of {', '.join(ACTIVATIONS)}")
     if before is not None and x.dim() != 5:
         raise ValueError("conv_taps: frames before x, but x has no time dimension")
+    if before is not None and (
+        (before.dim(), before.dtype) != (5, x.dtype)
+        or before.shape[:2] != x.shape[:2]
+        or before.shape[3:] != x.shape[3:]
+    ):
+        raise ValueError(
+            f"conv_taps: before {list(before.shape)} of {before.dtype} does not go with x {list(x.shape)} of {x.dtype}"
+        )
     if min(padding) < 0:
         raise ValueError(f"conv_taps: padding {list(padding)} is negative")
     if upsample:
@@ -99,9 +120,50 @@ def _check(
             raise ValueError(
                 "conv_taps: upsample takes a phase weight [4*O, C, ..., 2, 2], stride 1, and padding 1 in H and W"
             )
+    shape = out_shape(x, before, weight, stride, padding, dilation, upsample)
+    if bias is not None and list(bias.shape) != shape[1:2]:
+        raise ValueError(f"conv_taps: bias {list(bias.shape)} is not [{shape[1]}]")
+    if residual is not None and list(residual.shape) != shape:
+        raise ValueError(f"conv_taps: residual {list(residual.shape)} is not as the result, {shape}")
 
 
-@torch.library.custom_op("pvae::conv_taps", mutates_args=())
+@dataclass(frozen=True)
+class Ready:
+    """What is known of calls of one kind: how the result lies, why the reference runs, or else the plan, if any is needed."""
+
+    shape: list[int]
+    strides: tuple[int, ...]
+    refused: str | None
+    plan: Plan | None
+
+
+@functools.lru_cache(maxsize=4096)
+def _ready(call: Call) -> Ready:
+    x, before, weight, bias, residual = (None if m is None else m.tensor() for m in call[:5])
+    assert x is not None and weight is not None
+    _check(x, before, weight, bias, residual, call.stride, call.padding, call.dilation, call.upsample, call.activation)
+    shape = out_shape(x, before, weight, call.stride, call.padding, call.dilation, call.upsample)
+    y = torch.empty(shape, device="meta", memory_format=FORMATS[x.dim()])
+    refused = supports(x, weight) or _refusal(x.dtype, call.x.device.type, call.tf32)
+    plan = make_plan(call, shape) if refused is None and y.numel() else None
+    return Ready(shape, y.stride(), refused, plan)
+
+
+def _fake(
+    x: Tensor,
+    before: Tensor | None,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    upsample: bool,
+    **_: Any,
+) -> Tensor:
+    n, out, *spatial = out_shape(x, before, weight, stride, padding, dilation, upsample)
+    return x.new_empty([n, *spatial, out]).movedim(-1, 1)
+
+
+@functional_op(_fake)
 def conv_taps(
     x: Tensor,
     before: Tensor | None,
@@ -128,35 +190,24 @@ def conv_taps(
     Fast if x is channels_last already; else it is copied so. fp32 multiplies in tf32 where torch's convolutions may.
     Raises ValueError where the arguments do not go together.
     """
-    _check(x, before, weight, stride, padding, dilation, upsample, activation)
-    if refusal(x, weight) is not None:
+    tensors = (x, before, weight, bias, residual)
+    call = Call(
+        *[None if t is None else Memory(t.shape, t.stride(), t.dtype, t.device) for t in tensors],
+        tuple(stride), tuple(padding), tuple(dilation), upsample, activation, tuple(config),
+        not any(t is not None and t.data_ptr() % 16 for t in tensors),
+        x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32,
+    )  # fmt: skip
+    ready = _ready(call)
+    if ready.refused is not None:
         y = reference(x, before, weight, bias, residual, stride, padding, dilation, upsample, activation)
         return y.clone(memory_format=FORMATS[x.dim()])
-    shape = out_shape(x, before, weight, stride, padding, dilation, upsample)
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=FORMATS[x.dim()])
-    launch(x, before, weight, bias, residual, stride, padding, dilation, upsample, activation, config, y)
+    y = torch.empty_strided(ready.shape, ready.strides, dtype=x.dtype, device=x.device)
+    if ready.plan is not None:
+        on_device(x.device, ready.plan.launch, *tensors, y)
     return y
 
 
-@conv_taps.register_fake
-def _(
-    x: Tensor,
-    before: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    upsample: bool,
-    activation: str,
-    config: Sequence[int],
-) -> Tensor:
-    n, out, *spatial = out_shape(x, before, weight, stride, padding, dilation, upsample)
-    return x.new_empty([n, *spatial, out]).movedim(-1, 1)
-
-
-OP = torch.ops.pvae.conv_taps.default
+OP = conv_taps
 
 
 def reference(

@@ -1,11 +1,15 @@
-"""`conv_taps` on Hopper, in Gluon: the program of conv_taps_kernel.py with its pipeline written out.
+"""`conv_taps` on Hopper, in Gluon: image rows that stay where they are while the taps move over them.
 
-Patches and weights go from global to shared memory by TMA, STAGES deep, and from there straight into the tensor cores.
-Triton itself takes a patch of several rows through registers, and overwrites them while products still read them: results
-then change from run to run (seen with triton 3.6 on H200). Here operands stay in shared memory, and a stage is loaded anew
-only when the products that read it are done.
+A program makes tiles of rows x WIDTH positions x (BN0 + BN1) channels, one after another. One warp loads by TMA, STAGES
+ahead; two warp groups multiply. A step is one tap in time and in width, and BK channels: the tile's input rows, each a
+*fragment* of 64 positions (the height of one tensor core product), and the weights of all KH taps in height.
 
-A program is one warp group: two fit on a multiprocessor, one computes while the other finishes.
+A tap further down in height is only the next fragment. So a fragment is read once, into registers where the accumulators
+leave room, and multiplied with all KH taps, each into the accumulator of the output row that it belongs to: an input row is
+fetched KT * KW times and not KT * KH * KW times. With 96 channels that is the difference between waiting for L2 and not.
+
+Borders are what TMA fills with zeros. Frames before x are a second descriptor. Results go out by TMA, which clips them.
+The sum of an output is taken in one order whatever the other warps do: results are the same bits at every launch.
 """
 
 from __future__ import annotations
@@ -20,184 +24,346 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-OUTSIDE = gl.constexpr(1 << 24)
+M = gl.constexpr(64)  # positions of a product
+GROUPS = gl.constexpr(2)  # warp groups that multiply; more leave each too few registers
+LOADER_REGISTERS = gl.constexpr(40)
+REGISTERS = gl.constexpr(232)  # of a thread that multiplies: 65536 less the loader's and those that are not given out
+# More accumulators than these leave no room for a fragment in registers: it is then multiplied from shared memory.
+MAX_ACCUMULATORS = gl.constexpr(144)
+
+
+@gluon.constexpr_function
+def distance(kh: int, width: int) -> int:
+    """Fragments from that of one product to that of the next: as many as rows of a product, or only those that are used."""
+    return 1 if kh == 1 else 64 // width
+
+
+@gluon.constexpr_function
+def fragments(products: int, kh: int, width: int) -> int:
+    """Fragments that so many products in a column read."""
+    return distance(kh, width) * (products - 1) + kh
+
+
+@gluon.constexpr_function
+def used(fragment: int, products: int, kh: int, width: int) -> bool:
+    """Whether one of so many products takes this fragment at any tap."""
+    return any(fragment == i * distance(kh, width) + dh for i in range(products) for dh in range(kh))
+
+
+@gluon.jit
+def _tile(tile, blocks_n, frames, w_out, HEIGHT: gl.constexpr, WIDTH: gl.constexpr, UPSAMPLE: gl.constexpr):
+    """(block of columns, phase, frame, h0, w0): what tiles side by side in time read is still in L2."""
+    column = tile % blocks_n
+    tile = tile // blocks_n
+    phase = 0
+    if UPSAMPLE:
+        phase = tile % 4
+        tile = tile // 4
+    frame = tile % frames
+    tile = tile // frames
+    blocks_w = gl.cdiv(w_out, WIDTH)
+    return column, phase, frame, (tile // blocks_w) * HEIGHT, (tile % blocks_w) * WIDTH
+
+
+@gluon.jit
+def _taps(t, kt, stride_t, dilation_t, pad_t, t_all):
+    """The taps in time, from and to, that read frames which exist; the others would add zeros."""
+    start = pad_t - t * stride_t
+    first = gl.maximum(gl.cdiv(start, dilation_t), 0)
+    return first, gl.minimum(gl.cdiv(gl.maximum(start + t_all, 0), dilation_t), kt)
+
+
+@gluon.jit
+def _put(items, index: gl.constexpr, value):
+    return items[:index] + (value,) + items[index + 1 :]  # noqa: RUF005
 
 
 @gluon.jit
 def _load(
-    k, limit, patches, weight0, weight1, a_smem, b0_smem, b1_smem, full, n, t, h0, w0, weight_row,
-    before_first, before_frames, t_in, CHANNELS: gl.constexpr, KH: gl.constexpr, KW: gl.constexpr,
-    STRIDE_T: gl.constexpr, DILATION_T: gl.constexpr, DILATION_H: gl.constexpr, DILATION_W: gl.constexpr,
-    PAD_T: gl.constexpr, HAS_BEFORE: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr,
+    x, before, weight0, weight1, a_smem, b0_smem, b1_smem, full, empty,
+    tiles, blocks_n, frames, t_out, t_in, before_frames, w_out, out_channels, channels,
+    kt, kw, stride_t, dilation_t, dilation_w, pad_t, pad_h, pad_w,
+    KH: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr, BN0: gl.constexpr, BN1: gl.constexpr, BK: gl.constexpr,
+    STAGES: gl.constexpr, UPSAMPLE: gl.constexpr,
 ):  # fmt: skip
-    """Start the loads of step `k`, if there is one."""
-    stage, tap, c0 = k % STAGES, k // STEPS, (k % STEPS) * a_smem.shape[5]
-    h, w = h0 + ((tap // KW) % KH) * DILATION_H, w0 + (tap % KW) * DILATION_W
-    frame = t * STRIDE_T + (tap // (KW * KH)) * DILATION_T - PAD_T
-    which = n
-    if HAS_BEFORE:
-        in_x = frame >= before_frames
-        which = gl.where(in_x, 1, 0) ^ before_first ^ 1
-        frame -= gl.where(in_x, before_frames, 0)
-        frame = gl.where(in_x & (frame >= t_in), OUTSIDE, frame)
-    exists = k < limit
-    bar = full.index(stage)
-    nbytes: gl.constexpr = patches.block_type.nbytes + weight0.block_type.nbytes
-    extra: gl.constexpr = 0 if weight1 is None else weight1.block_type.nbytes
-    mbarrier.expect(bar, nbytes + extra, pred=exists)
-    tma.async_copy_global_to_shared(patches, [which, frame, h, w, c0], bar, a_smem.index(stage), pred=exists)
-    column = tap * CHANNELS + c0
-    tma.async_copy_global_to_shared(weight0, [weight_row, column], bar, b0_smem.index(stage), pred=exists)
-    if weight1 is not None:
-        row1 = weight_row + b0_smem.shape[1]
-        tma.async_copy_global_to_shared(weight1, [row1, column], bar, b1_smem.index(stage), pred=exists)
+    """The loading warp: every step of every tile, each when its stage is empty."""
+    FRAGMENTS: gl.constexpr = fragments(GROUPS * ROWS, KH, WIDTH)
+    ROWS_APART: gl.constexpr = M // WIDTH if KH == 1 else 1
+    HEIGHT: gl.constexpr = GROUPS * ROWS * (M // WIDTH)
+    BYTES: gl.constexpr = (FRAGMENTS * M + KH * (BN0 + BN1)) * BK * (x.dtype.primitive_bitwidth // 8)
+    stage = 0
+    phase = 1  # of the parity before the first: a fresh stage counts as empty
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        column, corner, frame, h0, w0 = _tile(tile, blocks_n, frames, w_out, HEIGHT, WIDTH, UPSAMPLE)
+        n = frame // t_out
+        t = frame % t_out
+        first, last = _taps(t, kt, stride_t, dilation_t, pad_t, before_frames + t_in)
+        h = h0 - pad_h + corner // 2
+        row = corner * out_channels + column * (BN0 + BN1)
+        for dt in range(first, last):
+            f = t * stride_t + dt * dilation_t - pad_t
+            for dw in range(kw):
+                w = w0 + dw * dilation_w - pad_w + corner % 2
+                for c in range(0, channels, BK):
+                    mbarrier.wait(empty.index(stage), phase)
+                    bar = full.index(stage)
+                    mbarrier.expect(bar, BYTES)
+                    # Loops that stay loops: unrolled, their addresses would not fit in this warp's registers.
+                    if f < before_frames:
+                        for s in range(FRAGMENTS):
+                            tma.async_copy_global_to_shared(
+                                before, [n, f, h + s * ROWS_APART, w, c], bar, a_smem.index(stage * FRAGMENTS + s)
+                            )
+                    else:
+                        for s in range(FRAGMENTS):
+                            tma.async_copy_global_to_shared(
+                                x, [n, f - before_frames, h + s * ROWS_APART, w, c], bar,
+                                a_smem.index(stage * FRAGMENTS + s),
+                            )  # fmt: skip
+                    for dh in range(KH):
+                        tap = (dt * KH + dh) * kw + dw
+                        b = stage * KH + dh
+                        tma.async_copy_global_to_shared(weight0, [tap, row, c], bar, b0_smem.index(b))
+                        if BN1 > 0:
+                            tma.async_copy_global_to_shared(weight1, [tap, row + BN0, c], bar, b1_smem.index(b))
+                    stage += 1
+                    if stage == STAGES:
+                        stage = 0
+                        phase ^= 1
 
 
 @gluon.jit
 def _finish(
-    acc, bias, residual, y, n, t, h0, w0, phase_h, phase_w, first, t_out, h_out, w_out, channels,
-    UPSAMPLE: gl.constexpr, ACTIVATION: gl.constexpr, BW: gl.constexpr, OUT: gl.constexpr,
+    acc, bias, residual, y, y_smem, frame, h0, w0, corner, first, h_out, w_out, channels,
+    WIDTH: gl.constexpr, UPSAMPLE: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
-    """Bias, residual, activation and cast of one block of columns, and its store in 16-byte pieces."""
-    BM: gl.constexpr = acc.shape[0]
+    """Bias, residual, activation and cast of one product's columns, into shared memory, or to where they belong."""
+    layout: gl.constexpr = acc.type.layout
     BN: gl.constexpr = acc.shape[1]
-    acc = gl.convert_layout(acc, OUT)
-    row = gl.arange(0, BM, layout=gl.SliceLayout(1, OUT))
-    cols = first + gl.arange(0, BN, layout=gl.SliceLayout(0, OUT))
-    h, w = h0 + row // BW, w0 + row % BW
-    keep = (h < h_out) & (w < w_out)
-    height, width = h_out, w_out
-    if UPSAMPLE:
-        h, w = 2 * h + phase_h, 2 * w + phase_w
-        height, width = 2 * h_out, 2 * w_out
-    frame = (n * t_out + t).to(gl.int64) * height
-    offsets = ((frame + h) * width + w) * channels
+    position = gl.arange(0, M, layout=gl.SliceLayout(1, layout))
+    cols = first + gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
     inside = cols < channels
     if bias is not None:
         acc += gl.load(bias + cols, mask=inside, other=0.0).to(gl.float32)[None, :]
-    where = offsets[:, None] + cols[None, :]
-    mask = keep[:, None] & inside[None, :]
+    if (residual is not None) or (y_smem is None):
+        h = h0 + position // WIDTH
+        w = w0 + position % WIDTH
+        mask = ((h < h_out) & (w < w_out))[:, None] & inside[None, :]
+        height = h_out
+        width = w_out
+        if UPSAMPLE:
+            h = 2 * h + corner // 2
+            w = 2 * w + corner % 2
+            height = 2 * h_out
+            width = 2 * w_out
+        where = (((frame.to(gl.int64) * height + h) * width + w) * channels)[:, None] + cols[None, :]
     if residual is not None:
         acc += gl.load(residual + where, mask=mask, other=0.0).to(gl.float32)
     if ACTIVATION == "silu":
         acc = acc / (1.0 + gl.exp(-acc))
     if ACTIVATION == "relu":
         acc = gl.maximum(acc, 0.0)
-    gl.store(y + where, acc.to(y.dtype.element_ty), mask=mask)
+    if y_smem is None:
+        gl.store(y + where, acc.to(y.dtype.element_ty), mask=mask)
+    else:
+        y_smem.store(acc.to(y_smem.dtype).reshape(y_smem.shape))
 
 
-@gluon.jit(do_not_specialize=["before_first", "before_frames", "t_in", "t_out"])
+@gluon.jit
+def _multiply(
+    group: gl.constexpr, a_smem, b0_smem, b1_smem, full, empty, bias, residual, y, y0, y1, y0_smem, y1_smem,
+    tiles, blocks_n, frames, t_out, t_in, before_frames, h_out, w_out, out_channels, channels,
+    kt, kw, stride_t, dilation_t, pad_t,
+    KH: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr, BN0: gl.constexpr, BN1: gl.constexpr, BK: gl.constexpr,
+    STAGES: gl.constexpr, UPSAMPLE: gl.constexpr, ACTIVATION: gl.constexpr,
+):  # fmt: skip
+    """One of the groups that multiply: ROWS products of every tile."""
+    ROWS_OF_PRODUCT: gl.constexpr = M // WIDTH
+    HEIGHT: gl.constexpr = GROUPS * ROWS * ROWS_OF_PRODUCT
+    ALL: gl.constexpr = fragments(GROUPS * ROWS, KH, WIDTH)
+    OWN: gl.constexpr = fragments(ROWS, KH, WIDTH)
+    APART: gl.constexpr = distance(KH, WIDTH)
+    WORDS: gl.constexpr = 32 // a_smem.dtype.primitive_bitwidth
+    IN_REGISTERS: gl.constexpr = (ROWS * (BN0 + BN1) // 2 <= MAX_ACCUMULATORS) and (WORDS == 2)
+    MMA0: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN0, 8 * WORDS])
+    MMA1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN1 if BN1 > 0 else 16, 8 * WORDS])
+    OPERAND0: gl.constexpr = gl.DotOperandLayout(0, MMA0, WORDS)
+    OPERAND1: gl.constexpr = gl.DotOperandLayout(0, MMA1, WORDS)
+    stage = 0
+    phase = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        column, corner, frame, h0, w0 = _tile(tile, blocks_n, frames, w_out, HEIGHT, WIDTH, UPSAMPLE)
+        first, last = _taps(frame % t_out, kt, stride_t, dilation_t, pad_t, before_frames + t_in)
+        acc0 = ()
+        acc1 = ()
+        for _ in gl.static_range(ROWS):
+            acc0 = acc0 + (gl.zeros([M, BN0], gl.float32, MMA0),)  # noqa: RUF005
+            if BN1 > 0:
+                acc1 = acc1 + (gl.zeros([M, BN1], gl.float32, MMA1),)  # noqa: RUF005
+        for _ in range((last - first) * kw * gl.cdiv(channels, BK)):
+            mbarrier.wait(full.index(stage), phase)
+            own = stage * ALL + group * ROWS * APART
+            a = a_smem.index(own).reshape([M, BK])
+            if IN_REGISTERS:
+                a = a.load(OPERAND0)
+            for s in gl.static_range(OWN):
+                # The next fragment is on its way to registers while this one is multiplied.
+                following = a
+                if s + 1 < OWN and used(s + 1, ROWS, KH, WIDTH):
+                    following = a_smem.index(own + s + 1).reshape([M, BK])
+                    if IN_REGISTERS:
+                        following = following.load(OPERAND0)
+                for dh in gl.static_range(KH):
+                    for i in gl.static_range(ROWS):
+                        if s == i * APART + dh:
+                            b0 = b0_smem.index(stage * KH + dh).reshape([BN0, BK]).permute((1, 0))
+                            acc0 = _put(acc0, i, warpgroup_mma(a, b0, acc0[i], is_async=True))
+                            if BN1 > 0:
+                                b1 = b1_smem.index(stage * KH + dh).reshape([BN1, BK]).permute((1, 0))
+                                a1 = a
+                                if IN_REGISTERS:
+                                    a1 = gl.convert_layout(a, OPERAND1, assert_trivial=True)
+                                acc1 = _put(acc1, i, warpgroup_mma(a1, b1, acc1[i], is_async=True))
+                a = following
+            # The stage is given back when the products that read it are done, not when they are issued. (Products in
+            # flight over the loop's end would also make ptxas wait after each of them; the other group fills the gap.)
+            done = warpgroup_mma_wait(0, deps=acc0 + acc1)
+            if ROWS == 1 and BN1 == 0:
+                acc0 = (done,)
+            else:
+                acc0 = done[:ROWS]
+                acc1 = done[ROWS:]
+            mbarrier.arrive(empty.index(stage), count=1)  # one thread, after a barrier of the group
+            stage += 1
+            if stage == STAGES:
+                stage = 0
+                phase ^= 1
+        col = column * (BN0 + BN1)
+        for i in gl.static_range(ROWS):
+            h = h0 + (group * ROWS + i) * ROWS_OF_PRODUCT
+            if y0 is None:
+                _finish(
+                    acc0[i], bias, residual, y, None, frame, h, w0, corner, col, h_out, w_out, out_channels,
+                    WIDTH, UPSAMPLE, ACTIVATION,
+                )  # fmt: skip
+                if BN1 > 0:
+                    _finish(
+                        acc1[i], bias, residual, y, None, frame, h, w0, corner, col + BN0, h_out, w_out, out_channels,
+                        WIDTH, UPSAMPLE, ACTIVATION,
+                    )  # fmt: skip
+            else:
+                # The stores before have read the buffers that are now overwritten.
+                tma.store_wait(0)
+                _finish(
+                    acc0[i], bias, residual, y, y0_smem.index(group), frame, h, w0, corner, col, h_out, w_out,
+                    out_channels, WIDTH, UPSAMPLE, ACTIVATION,
+                )  # fmt: skip
+                if BN1 > 0:
+                    _finish(
+                        acc1[i], bias, residual, y, y1_smem.index(group), frame, h, w0, corner, col + BN0, h_out, w_out,
+                        out_channels, WIDTH, UPSAMPLE, ACTIVATION,
+                    )  # fmt: skip
+                fence_async_shared()  # what threads wrote is seen by TMA
+                at = (corner % 2) * out_channels + col
+                tma.async_copy_shared_to_global(y0, [frame, h, corner // 2, w0, at], y0_smem.index(group))
+                if BN1 > 0:
+                    tma.async_copy_shared_to_global(y1, [frame, h, corner // 2, w0, at + BN0], y1_smem.index(group))
+    if y0 is not None:
+        tma.store_wait(0)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "tiles", "blocks_n", "frames", "t_out", "t_in", "before_frames", "h_out", "w_out", "out_units", "channels",
+        "kt", "kw", "stride_t", "dilation_t", "dilation_w", "pad_t", "pad_h", "pad_w",
+    ]
+)  # fmt: skip
 def conv_taps_hopper(
-    x_patches,
+    x,
+    before,
     weight0,
     weight1,
+    y0,
+    y1,
     bias,
     residual,
     y,
-    before_first,
-    before_frames,
-    t_in,
+    tiles,
+    blocks_n,
+    frames,
     t_out,
+    t_in,
+    before_frames,
     h_out,
     w_out,
-    out_channels,
-    CHANNELS: gl.constexpr,
-    KT: gl.constexpr,
+    out_units,
+    channels,
+    kt,
+    kw,
+    stride_t,
+    dilation_t,
+    dilation_w,
+    pad_t,
+    pad_h,
+    pad_w,
     KH: gl.constexpr,
-    KW: gl.constexpr,
-    STRIDE_T: gl.constexpr,
-    DILATION_T: gl.constexpr,
-    DILATION_H: gl.constexpr,
-    DILATION_W: gl.constexpr,
-    PAD_T: gl.constexpr,
-    PAD_H: gl.constexpr,
-    PAD_W: gl.constexpr,
-    HAS_BEFORE: gl.constexpr,
-    UPSAMPLE: gl.constexpr,
-    ACTIVATION: gl.constexpr,
-    BH: gl.constexpr,
-    BW: gl.constexpr,
+    ROWS: gl.constexpr,
+    WIDTH: gl.constexpr,
     BN0: gl.constexpr,
     BN1: gl.constexpr,
     BK: gl.constexpr,
     STAGES: gl.constexpr,
+    OUT_UNIT: gl.constexpr,
+    UPSAMPLE: gl.constexpr,
+    ACTIVATION: gl.constexpr,
 ):
-    """As `conv_taps_kernel`, for stride 1 in H and W; `x_patches`, `weight0`, `weight1` are Gluon descriptors."""
-    BM: gl.constexpr = BH * BW
-    STEPS: gl.constexpr = (CHANNELS + BK - 1) // BK
-    TOTAL: gl.constexpr = KT * KH * KW * STEPS
-    dtype: gl.constexpr = x_patches.dtype
-    k_width: gl.constexpr = 32 // dtype.primitive_bitwidth
-    MMA0: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN0, 8 * k_width])
-    OUT0: gl.constexpr = MMA0
+    """As `conv_taps_kernel`, for stride 1 in H and W and dilation 1 in H. Descriptors:
 
-    program = gl.program_id(0)
-    blocks_n = gl.cdiv(out_channels, BN0 + BN1)
-    first_col = (program % blocks_n) * (BN0 + BN1)
-    program //= blocks_n
-    phase_h, phase_w, weight_row = 0, 0, first_col
-    if UPSAMPLE:
-        phase_h, phase_w = (program % 4) // 2, program % 2
-        weight_row = first_col + (program % 4) * out_channels
-        program //= 4
-    blocks_w, blocks_h = gl.cdiv(w_out, BW), gl.cdiv(h_out, BH)
-    w0 = (program % blocks_w) * BW
-    h0 = ((program // blocks_w) % blocks_h) * BH
-    frame = program // (blocks_w * blocks_h)
-    t, n = frame % t_out, frame // t_out
-    hp, wp = h0 - PAD_H + phase_h, w0 - PAD_W + phase_w
+    x, before     [N, T, H, W, C], a block is a fragment: [1, 1, 64 / WIDTH, WIDTH, BK]; `before` is x where there is none
+    weight0/1     [taps, O or 4 * O, C], blocks [1, BN0 or BN1, BK]; `weight1` is None without BN1
+    y0/1          [N * T', H, P, W, P * O] with P of 2 if UPSAMPLE and else 1, blocks of one product; None: stored at `y`
 
-    a_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BH, BW, BK], x_patches.layout)
-    b0_smem = gl.allocate_shared_memory(dtype, [STAGES, BN0, BK], weight0.layout)
+    Tiles are `frames` = N * T' by rows by columns; out_channels = out_units * OUT_UNIT. ROWS: products of a group.
+    """
+    FRAGMENTS: gl.constexpr = fragments(GROUPS * ROWS, KH, WIDTH)
+    HEIGHT: gl.constexpr = M // WIDTH
+    out_channels = out_units * OUT_UNIT
+    dtype: gl.constexpr = x.dtype
+    a_smem = gl.allocate_shared_memory(dtype, [STAGES * FRAGMENTS, 1, 1, HEIGHT, WIDTH, BK], x.layout)
+    b0_smem = gl.allocate_shared_memory(dtype, [STAGES * KH, 1, BN0, BK], weight0.layout)
     b1_smem = b0_smem
     if BN1 > 0:
-        b1_smem = gl.allocate_shared_memory(dtype, [STAGES, BN1, BK], weight1.layout)
+        b1_smem = gl.allocate_shared_memory(dtype, [STAGES * KH, 1, BN1, BK], weight1.layout)
+    y0_smem = b0_smem
+    if y0 is not None:
+        y0_smem = gl.allocate_shared_memory(dtype, [GROUPS, 1, HEIGHT, 1, WIDTH, BN0], y0.layout)
+    y1_smem = y0_smem
+    if y1 is not None:
+        y1_smem = gl.allocate_shared_memory(dtype, [GROUPS, 1, HEIGHT, 1, WIDTH, BN1], y1.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-    fence_async_shared()
+        mbarrier.init(empty.index(i), count=GROUPS)
+    fence_async_shared()  # the barriers are seen by TMA
 
-    for k in gl.static_range(STAGES - 1):
-        _load(
-            k, TOTAL, x_patches, weight0, weight1, a_smem, b0_smem, b1_smem, full, n, t, hp, wp, weight_row,
-            before_first, before_frames, t_in, CHANNELS, KH, KW,
-            STRIDE_T, DILATION_T, DILATION_H, DILATION_W, PAD_T, HAS_BEFORE, STEPS, STAGES,
-        )  # fmt: skip
-
-    acc0 = gl.zeros([BM, BN0], gl.float32, MMA0)
-    if BN1 > 0:
-        MMA1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN1, 8 * k_width])
-        acc1 = gl.zeros([BM, BN1], gl.float32, MMA1)
-    for k in range(TOTAL):
-        stage = k % STAGES
-        mbarrier.wait(full.index(stage), (k // STAGES) & 1)
-        a = a_smem.index(stage).reshape([BM, BK])
-        acc0 = warpgroup_mma(a, b0_smem.index(stage).permute((1, 0)), acc0, is_async=True)
-        # All but this step's products are done, and with them the reads of the stage that is loaded next.
-        if BN1 > 0:
-            acc1 = warpgroup_mma(a, b1_smem.index(stage).permute((1, 0)), acc1, is_async=True)
-            acc0, acc1 = warpgroup_mma_wait(2, deps=(acc0, acc1))
-        else:
-            acc0 = warpgroup_mma_wait(1, deps=(acc0,))
-        _load(
-            k + STAGES - 1, TOTAL, x_patches, weight0, weight1, a_smem, b0_smem, b1_smem, full, n, t, hp, wp,
-            weight_row, before_first, before_frames, t_in, CHANNELS, KH, KW,
-            STRIDE_T, DILATION_T, DILATION_H, DILATION_W, PAD_T, HAS_BEFORE, STEPS, STAGES,
-        )  # fmt: skip
-    if BN1 > 0:
-        acc0, acc1 = warpgroup_mma_wait(0, deps=(acc0, acc1))
-    else:
-        acc0 = warpgroup_mma_wait(0, deps=(acc0,))
-    for i in gl.static_range(STAGES):
-        mbarrier.invalidate(full.index(i))
-
-    _finish(
-        acc0, bias, residual, y, n, t, h0, w0, phase_h, phase_w, first_col, t_out, h_out, w_out, out_channels,
-        UPSAMPLE, ACTIVATION, BW, OUT0,
-    )  # fmt: skip
-    if BN1 > 0:
-        OUT1: gl.constexpr = MMA1
-        _finish(
-            acc1, bias, residual, y, n, t, h0, w0, phase_h, phase_w, first_col + BN0, t_out, h_out, w_out, out_channels,
-            UPSAMPLE, ACTIVATION, BW, OUT1,
-        )  # fmt: skip
+    gl.warp_specialize([
+        (_multiply, (
+            0, a_smem, b0_smem, b1_smem, full, empty, bias, residual, y, y0, y1, y0_smem, y1_smem,
+            tiles, blocks_n, frames, t_out, t_in, before_frames, h_out, w_out, out_channels, channels,
+            kt, kw, stride_t, dilation_t, pad_t,
+            KH, ROWS, WIDTH, BN0, BN1, BK, STAGES, UPSAMPLE, ACTIVATION,
+        )),
+        (_multiply, (
+            1, a_smem, b0_smem, b1_smem, full, empty, bias, residual, y, y0, y1, y0_smem, y1_smem,
+            tiles, blocks_n, frames, t_out, t_in, before_frames, h_out, w_out, out_channels, channels,
+            kt, kw, stride_t, dilation_t, pad_t,
+            KH, ROWS, WIDTH, BN0, BN1, BK, STAGES, UPSAMPLE, ACTIVATION,
+        )),
+        (_load, (
+            x, before, weight0, weight1, a_smem, b0_smem, b1_smem, full, empty,
+            tiles, blocks_n, frames, t_out, t_in, before_frames, w_out, out_channels, channels,
+            kt, kw, stride_t, dilation_t, dilation_w, pad_t, pad_h, pad_w,
+            KH, ROWS, WIDTH, BN0, BN1, BK, STAGES, UPSAMPLE,
+        )),
+    ], [4, 1], [REGISTERS, LOADER_REGISTERS])  # fmt: skip

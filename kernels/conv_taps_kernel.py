@@ -129,7 +129,7 @@ def conv_taps_kernel(
         w = w0 * STRIDE_W + (tap % KW) * DILATION_W - PAD_W + phase_w
         frame = t * STRIDE_T + (tap // (KW * KH)) * DILATION_T - PAD_T
         hs, ws = h + (row // BW) * STRIDE_H, w + (row % BW) * STRIDE_W
-        start = n * stride_n
+        start = n.to(tl.int64) * stride_n
         if HAS_BEFORE:
             in_x = frame >= before_frames
             start = (in_x.to(tl.int32) ^ before_first ^ 1) * stride_which

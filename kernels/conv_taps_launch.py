@@ -1,20 +1,67 @@
-"""Launches `conv_taps`: what the kernel can take as it lies in memory, its descriptors, grid and constants."""
+"""Launches `conv_taps`: what the kernels can take as it lies in memory, descriptors, grid and constants.
+
+All that follows from shapes, strides and options is a plan, made once for each kind of call and looked up after that: a
+decoder makes hundreds of calls of a few kinds, some of which take the device less time than Triton's own launch the host.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pvae.kernels.channels_last import FORMATS
-from pvae.kernels.conv_taps_config import Config, default_config
+from pvae.kernels.conv_taps_config import Config, Work, default_config, hopper_configs, is_hopper
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 DESCRIPTOR_STRIDE = 2**40  # bytes; a TMA descriptor's strides are below it
+
+
+class Memory(NamedTuple):
+    """How a tensor lies in memory."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def tensor(self) -> Tensor:
+        """One that lies like this, without memory."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+
+
+class Call(NamedTuple):
+    """A call of the op but for the values: what a plan is made for. `tf32` is torch's setting, where it matters."""
+
+    x: Memory
+    before: Memory | None
+    weight: Memory
+    bias: Memory | None
+    residual: Memory | None
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    upsample: bool
+    activation: str
+    config: tuple[int, ...]
+    aligned: bool  # all tensors begin at multiples of 16 bytes
+    tf32: bool
+
+
+class Descriptor:
+    """What Triton's launcher reads of a `TensorDescriptor`, unchecked: the first launch has checked one like it."""
+
+    __slots__ = ("base", "shape", "strides")
+    padding = "zero"
+    round_f32_to_tf32 = False
+
+    def __init__(self, base: Tensor, shape: list[int], strides: list[int]) -> None:
+        self.base, self.shape, self.strides = base, shape, strides
 
 
 @functools.cache
@@ -32,8 +79,15 @@ def _hopper_kernel() -> Any:
 
 
 @functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+def _driver() -> Any:
+    from triton.runtime import driver
+
+    return driver.active
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _five(x: Tensor) -> Tensor:
@@ -48,18 +102,23 @@ def _dense_strides(x: Tensor) -> list[int]:
     return [dense[d] if x.shape[d] == 1 else x.stride(d) for d in (0, 2, 3, 4)]
 
 
+def _is_loadable(x: Tensor) -> bool:
+    """Whether a patch of x [N, C, T, H, W] can be loaded as it lies; its address aside."""
+    unit = 16 // x.element_size()
+    aligned = all(s % unit == 0 and 0 < s < DESCRIPTOR_STRIDE // x.element_size() for s in _dense_strides(x))
+    return (x.stride(1) == 1 or x.shape[1] == 1) and (aligned or x.shape[1] % unit != 0)
+
+
 def _channels_innermost(x: Tensor) -> Tensor:
     """x [N, C, T, H, W] itself if a patch of it can be loaded, else a channels_last_3d copy."""
-    unit = 16 // x.element_size()
-    aligned = x.data_ptr() % 16 == 0 and all(s % unit == 0 and s > 0 for s in _dense_strides(x))
-    if (x.stride(1) == 1 or x.shape[1] == 1) and (aligned or x.shape[1] % unit):
+    if _is_loadable(x) and (x.data_ptr() % 16 == 0 or x.shape[1] % (16 // x.element_size())):
         return x
     return x.clone(memory_format=torch.channels_last_3d)
 
 
 @dataclass(frozen=True)
 class Source:
-    """x and the frames before it, as the kernel reads them: `base` is the lower of the two addresses."""
+    """x and the frames before it, as the Triton kernel reads them: `base` is the lower of the two addresses."""
 
     x: Tensor
     base: Tensor
@@ -87,85 +146,210 @@ def _source(x: Tensor, before: Tensor | None) -> Source:
     return Source(x, base, mine, abs(apart) // x.element_size(), before.shape[2], apart < 0)
 
 
-def launch(
-    x: Tensor,
-    before: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    upsample: bool,
-    activation: str,
-    config: Sequence[int],
-    y: Tensor,
-) -> None:
-    """Write the convolution into `y`, dense in channels_last(_3d); see `conv_taps` for the rest."""
-    flat = x.dim() == 4
-    weight = _five(weight.contiguous(memory_format=FORMATS[weight.dim()]))
-    if residual is not None:
-        residual = residual.contiguous(memory_format=FORMATS[residual.dim()])
-    ones, zeros = ([1], [0, 0]) if flat else ([], [])
-    stride, dilation, padding = [*ones, *stride], [*ones, *dilation], [*zeros, *padding]
-    source = _source(_five(x), None if before is None else _five(before))
-    x, (out, channels, *kernel) = source.x, weight.shape
-    n, _, t_in, h_in, w_in = x.shape
-    t_out, h_out, w_out = _five(y).shape[2:]
-    if upsample:
-        out, h_out, w_out = out // 4, h_out // 2, w_out // 2
-    cut = Config.of(config) if len(config) else default_config(channels, out, h_out, w_out, x.dtype)
-    blocks = -(-h_out // cut.height) * -(-w_out // cut.width) * -(-out // (cut.columns0 + cut.columns1))
-    grid = (n * t_out * blocks * (4 if upsample else 1),)
-    if not grid[0]:
-        return
-    # fmt: off
-    taps = (channels, *kernel)
-    extras = (source.before_frames > 0, upsample, activation)
-    tile = (cut.height, cut.width, cut.columns0, cut.columns1, cut.depth)
-    frames = (int(source.before_first), source.before_frames, t_in)
-    with torch.accelerator.device_index(x.device.index if x.device.type != "cpu" else None):
-        if _by_descriptor(x, stride):
-            _hopper_kernel()[grid](
-                *_descriptors(source, weight, cut), bias, residual, y, *frames, t_out, h_out, w_out, out,
-                *taps, stride[0], *dilation, *padding[::2], *extras, *tile, cut.stages, num_warps=4,
+@dataclass(frozen=True)
+class Problem:
+    """A call's sizes in three spatial dimensions. out, h_out, w_out: of one phase with upsample."""
+
+    call: Call
+    out: int
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    kernel: tuple[int, int, int]
+    frames_out: int
+    h_out: int
+    w_out: int
+
+    @classmethod
+    def of(cls, call: Call, y_shape: Sequence[int]) -> Problem:
+        flat = len(y_shape) == 4
+        ones, zeros = (1,) * flat, (0, 0) * flat
+        kt, kh, kw = ones + tuple(call.weight.shape[2:])
+        enlarged = 2 if call.upsample else 1
+        return cls(
+            call,
+            y_shape[1],
+            (*ones, *call.stride),
+            (*zeros, *call.padding),
+            (*ones, *call.dilation),
+            (kt, kh, kw),
+            y_shape[2] if len(y_shape) == 5 else 1,
+            y_shape[-2] // enlarged,
+            y_shape[-1] // enlarged,
+        )
+
+
+class Plan:
+    """Launches calls of one kind. Takes the op's tensors and y, which is dense in channels_last(_3d)."""
+
+    def launch(
+        self, x: Tensor, before: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor
+    ) -> None:
+        raise NotImplementedError
+
+
+class TritonPlan(Plan):
+    """`conv_taps_kernel`, by Triton's own launch: where x lies beside `before` is part of the arguments."""
+
+    def __init__(self, problem: Problem) -> None:
+        call = problem.call
+        x, channels = call.x, call.weight.shape[1]
+        out, h_out, w_out = problem.out, problem.h_out, problem.w_out
+        cut = Config.of(call.config) if call.config else default_config(channels, out, h_out, w_out, x.dtype)
+        if cut.hopper:
+            raise ValueError(f"conv_taps: {cut} is of Hopper's kernel, which does not take this call on {x.device}")
+        blocks = -(-h_out // cut.height) * -(-w_out // cut.width) * -(-out // (cut.columns0 + cut.columns1))
+        self.grid = (x.shape[0] * problem.frames_out * blocks * (4 if call.upsample else 1),)
+        self.sizes = (*x.shape[-2:], problem.frames_out, h_out, w_out, out)
+        tf32 = call.tf32 and torch.version.hip is None
+        self.constants = (channels, *problem.kernel, *problem.stride, *problem.dilation, *problem.padding[::2])
+        self.options = (call.upsample, call.activation, "tf32" if tf32 else "ieee", x.device.type == "cpu")
+        self.tile = (cut.height, cut.width, cut.columns0, cut.columns1, cut.depth)
+        self.warps, self.stages = cut.warps, cut.stages
+
+    def launch(
+        self, x: Tensor, before: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor
+    ) -> None:
+        source = _source(_five(x), None if before is None else _five(before))
+        weight = weight.contiguous(memory_format=FORMATS[weight.dim()])
+        if bias is not None:
+            bias = bias.contiguous()
+        if residual is not None:
+            residual = residual.contiguous(memory_format=FORMATS[residual.dim()])
+        _kernel()[self.grid](
+            source.base, weight, bias, residual, y, source.which, *source.strides,
+            int(source.before_first), source.before_frames, source.x.shape[2], *self.sizes,
+            *self.constants, source.before_frames > 0, *self.options, *self.tile,
+            num_warps=self.warps, num_stages=self.stages,
+        )  # fmt: skip
+
+
+class HopperPlan(Plan):
+    """`conv_taps_hopper`, by the launch of the compiled kernel but for the first time."""
+
+    def __init__(self, problem: Problem, cut: Config) -> None:
+        call = problem.call
+        x, before, weight, bias, residual = (m and m.tensor() for m in call[:5])
+        assert x is not None and weight is not None
+        n, channels, out, size = x.shape[0], x.shape[1], problem.out, x.element_size()
+        (kt, kh, kw), frames = problem.kernel, n * problem.frames_out
+        h_out, w_out = problem.h_out, problem.w_out
+
+        def is_dense(t: Tensor | None) -> bool:
+            return t is None or t.is_contiguous(memory_format=FORMATS.get(t.dim(), torch.contiguous_format))
+
+        self.has_before = before is not None and before.shape[2] > 0
+        # Of x, before, weight, bias, residual: which are copied first.
+        self.copies = [
+            t is not None and (not call.aligned or not (_is_loadable(_five(t)) if i < 2 else is_dense(t)))
+            for i, t in enumerate((x, before, weight, bias, residual))
+        ]
+
+        def memory(t: Tensor, copied: bool) -> tuple[list[int], list[int]]:
+            t = _five(t)
+            t = t.clone(memory_format=torch.channels_last_3d) if copied else t
+            return [t.shape[d] for d in (0, 2, 3, 4, 1)], [*_dense_strides(t), 1]
+
+        height, pixels = 64 // cut.width, 2 if call.upsample else 1
+        taps, c0, c1 = kt * kh * kw, cut.columns0, cut.columns1
+        fragment = [1, 1, height, cut.width, cut.depth]
+        earlier = before if self.has_before and before is not None else x
+        row = pixels * w_out * out
+        y_memory = (
+            [frames, h_out, pixels, w_out, pixels * out],
+            [pixels * h_out * row, pixels * row, row, pixels * out, 1],
+        )
+        weight_memory = [taps, weight.shape[0], channels], [channels, taps * channels, 1]
+        # A block of columns would reach into the next pixel's, or a row of them is not of 16 bytes.
+        self.stores = out * size % 16 != 0 or (call.upsample and out % (c0 + c1) != 0)
+        # In the kernel's order: shape, strides and block.
+        self.descriptors = [
+            (*memory(x, self.copies[0]), fragment),
+            (*memory(earlier, self.copies[int(self.has_before)]), fragment),
+            (*weight_memory, [1, c0, cut.depth]),
+            (*weight_memory, [1, c1, cut.depth]) if c1 else None,
+            None if self.stores else (*y_memory, [1, height, 1, cut.width, c0]),
+            None if self.stores or not c1 else (*y_memory, [1, height, 1, cut.width, c1]),
+        ]
+        blocks_n = -(-out // (c0 + c1))
+        tiles = frames * -(-h_out // cut.height) * -(-w_out // cut.width) * blocks_n * (4 if call.upsample else 1)
+        unit = math.gcd(out, 8)
+        before_frames = earlier.shape[2] if self.has_before else 0
+        self.grid = (min(tiles, _processors(call.x.device)), 1, 1)
+        self.integers = (
+            tiles, blocks_n, frames, problem.frames_out, _five(x).shape[2], before_frames, h_out, w_out, out // unit,
+            channels, kt, kw, problem.stride[0], problem.dilation[0], problem.dilation[2], *problem.padding[::2],
+        )  # fmt: skip
+        stages = cut.stages_that_fit(kh, size)
+        if stages < 2:
+            raise ValueError(f"conv_taps: {cut} has no room for two stages of a kernel {kh} rows high: a lower one has")
+        self.constexprs = (kh, cut.rows, cut.width, c0, c1, cut.depth, stages, unit, call.upsample, call.activation)
+        self.compiled: Any = None
+
+    def launch(
+        self, x: Tensor, before: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor
+    ) -> None:
+        if any(self.copies):
+            x, before, weight, bias, residual = (
+                t.clone(memory_format=FORMATS.get(t.dim(), torch.contiguous_format)) if copy and t is not None else t
+                for t, copy in zip((x, before, weight, bias, residual), self.copies, strict=True)
             )
-        else:
-            _kernel()[grid](
-                source.base, weight, bias, residual, y, source.which, *source.strides, *frames, h_in, w_in,
-                t_out, h_out, w_out, out, *taps, *stride, *dilation, *padding[::2], *extras,
-                _precision(x.dtype), x.device.type == "cpu", *tile, num_warps=cut.warps, num_stages=cut.stages,
-            )
-    # fmt: on
+        bases = (x, before if self.has_before else x, weight, weight, y, y)
+        store = y if self.stores else None
+        compiled = self.compiled
+        if compiled is not None:
+            driver = _driver()
+            stream = driver.get_current_stream(driver.get_current_device())
+            compiled.run(
+                *self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
+                *[d and Descriptor(base, d[0], d[1]) for base, d in zip(bases, self.descriptors)],  # noqa: B905
+                bias, residual, store, *self.integers, *self.constexprs,
+            )  # fmt: skip
+            return
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        checked = [
+            d and TensorDescriptor(base, *d, _shared_layout(tuple(d[2]), x.dtype))
+            for base, d in zip(bases, self.descriptors, strict=True)
+        ]
+        # 168 registers, 12 warps of them, until the kernel gives each warp its own.
+        self.compiled = _hopper_kernel()[self.grid](
+            *checked, bias, residual, store, *self.integers, *self.constexprs, num_warps=4, maxnreg=168
+        )
 
 
-def _precision(dtype: torch.dtype) -> str:
-    tensor_cores = dtype == torch.float32 and torch.version.hip is None and torch.backends.cudnn.allow_tf32
-    return "tf32" if tensor_cores else "ieee"
+def make_plan(call: Call, y_shape: Sequence[int]) -> Plan:
+    """The plan for a call with a result of this shape that is not empty."""
+    problem = Problem.of(call, y_shape)
+    device, size = call.x.device, call.x.dtype.itemsize
+    given = Config.of(call.config) if call.config else None
+    takes = (
+        is_hopper(device)
+        and problem.stride[1:] == (1, 1)
+        and problem.dilation[1] == 1
+        and call.x.shape[1] * size % 16 == 0
+        and math.prod(call.x.shape) > 0
+    )
+    if not takes or (given is not None and not given.hopper):
+        return TritonPlan(problem)
+    if given is None:
+        phases = 4 if call.upsample else 1
+        sizes = (call.x.shape[0] * problem.frames_out * phases, problem.h_out, problem.w_out)
+        work = Work(call.x.shape[1], problem.out, problem.kernel, *sizes, call.x.dtype, _processors(device))
+        fitting = hopper_configs(work)
+        if not fitting:  # a kernel too high for shared memory
+            return TritonPlan(problem)
+        given = fitting[0]
+    return HopperPlan(problem, given)
 
 
-def _by_descriptor(x: Tensor, stride: Sequence[int]) -> bool:
-    """Whether Hopper's kernel takes it: a descriptor's patch has no gaps, and rows of 16 bytes."""
-    return _is_hopper(x.device) and stride[1:] == [1, 1] and x.shape[1] * x.element_size() % 16 == 0
-
-
-def _descriptors(source: Source, weight: Tensor, cut: Config) -> tuple[Any, Any, Any]:
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    x = source.x
-    outer, frames = (2, max(source.before_frames, x.shape[2])) if source.before_frames else (x.shape[0], x.shape[2])
-    steps = [source.which or source.strides[0], *source.strides[1:], 1]
-    patch = [1, 1, cut.height, cut.width, cut.depth]
-    sizes = [outer, frames, x.shape[3], x.shape[4], x.shape[1]]
-    patches = TensorDescriptor(source.base, sizes, steps, patch, _shared_layout(tuple(patch), x.dtype))
-    k = weight[0].numel()
-    columns = [
-        TensorDescriptor(
-            weight, [weight.shape[0], k], [k, 1], [n, cut.depth], _shared_layout((n, cut.depth), x.dtype)
-        ) if n else None
-        for n in (cut.columns0, cut.columns1)
-    ]  # fmt: skip
-    return patches, *columns
+def on_device(device: torch.device, launch: Callable[..., None], *tensors: Tensor | None) -> None:
+    """Launch on this device whichever is the current one."""
+    if device.type == "cpu" or device.index == torch.accelerator.current_device_index():
+        launch(*tensors)
+    else:
+        with torch.accelerator.device_index(device.index):
+            launch(*tensors)
 
 
 @functools.cache

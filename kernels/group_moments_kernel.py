@@ -94,15 +94,15 @@ def moments_kernel(
     spreads = tl.zeros([ROWS, BLOCK], tl.float32)
     steps = 0.0
     value = _load(start, first + rows, last, height, width, x_t, x_h, x_w, columns, mask, FLAT, ALIGN)
-    for position in range(first, last, ROWS):
-        following = _load(
-            start, position + ROWS + rows, last, height, width, x_t, x_h, x_w, columns, mask, FLAT, ALIGN
-        )
+    position = first
+    while position < last:  # not `range`: the interpreter of Triton 3.6 makes no numbers of numpy 2.4's arrays
+        following = _load(start, position + ROWS + rows, last, height, width, x_t, x_h, x_w, columns, mask, FLAT, ALIGN)
         steps += 1.0
         apart = tl.where(position + rows < last, value - average, 0.0)
         average += apart * (1.0 / steps)
         spreads += apart * (value - average)
         value = following
+        position += ROWS
 
     size = (last - first).to(tl.float32)
     count = tl.maximum((last - first - rows + ROWS - 1) // ROWS, 0).to(tl.float32)  # [ROWS, 1]: values of a row
@@ -144,21 +144,23 @@ def combine_kernel(
     start = (sample * C + group * D + channel) * chunks
     base = tl.load(means + (sample * C + group * D) * chunks)
     apart = tl.zeros([BLOCK, CHUNKS], tl.float32)
-    for first in range(0, chunks, CHUNKS):
+    first = 0
+    while first < chunks:
         part = first + tl.arange(0, CHUNKS)[None, :]
         mask = (channel < D) & (part < chunks)
         count = tl.minimum(chunk, positions - part * chunk).to(tl.float32)
         apart += tl.where(mask, count * (tl.load(means + start + part, mask=mask, other=0.0) - base), 0.0)
+        first += CHUNKS
     size = positions.to(tl.float32) * D
     middle = base + tl.sum(tl.sum(apart, 1, keep_dims=True), 0, keep_dims=True) / size
     total = tl.zeros([BLOCK, CHUNKS], tl.float32)
-    for first in range(0, chunks, CHUNKS):
+    first = 0
+    while first < chunks:
         part = first + tl.arange(0, CHUNKS)[None, :]
         mask = (channel < D) & (part < chunks)
         count = tl.minimum(chunk, positions - part * chunk).to(tl.float32)
         off = tl.load(means + start + part, mask=mask, other=0.0) - middle
         total += tl.where(mask, tl.load(squares + start + part, mask=mask, other=0.0) + count * off * off, 0.0)
+        first += CHUNKS
     variance = tl.sum(tl.sum(total, 1, keep_dims=True), 0, keep_dims=True) / size
-    _store_affine(
-        multiplier, offset, weight, bias, middle, variance, eps, sample, group * D + channel, channel < D, C
-    )
+    _store_affine(multiplier, offset, weight, bias, middle, variance, eps, sample, group * D + channel, channel < D, C)

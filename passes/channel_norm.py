@@ -132,7 +132,7 @@ def _by_hand(node: Node) -> Chain | None:
             continue
         kind, eps, inner, dim, between = found
         source = before_widening(x)
-        if before_widening(inner) is not source:
+        if _uncast(inner) is not _uncast(x):
             continue
         rank = value(x).dim()
         last = dim % rank == rank - 1
@@ -189,6 +189,12 @@ def _divisor(node: Node, multiplied: bool) -> tuple[str, float, Node, int, list[
     return kind, float(eps), x, dims[0], between
 
 
+def _uncast(node: Node) -> Node:
+    while node.target in CASTS and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
 def _squared(node: Any) -> Node | None:
     """x of `x * x`, `x ** 2` and `square(x)`."""
     if not isinstance(node, Node) or not node.args or not isinstance(node.args[0], Node):
@@ -204,7 +210,7 @@ def _moved_back(node: Node) -> Node | None:
     if node.target is not aten.permute.default or not isinstance(node.args[0], Node):
         return None
     rank = value(node).dim()
-    if rank not in (4, 5) or [d % rank for d in node.args[1]] != [0, *range(2, rank), 1]:  # type: ignore[union-attr, operator]
+    if rank not in (4, 5) or [d % rank for d in node.args[1]] != [0, *range(2, rank), 1]:
         return None
     return before_widening(node.args[0])
 
@@ -234,7 +240,7 @@ def _with(chain: Chain, user: Node, innermost: bool) -> Chain | None:
         return after
     if chain.last and user.target is aten.permute.default:
         rank = value(user).dim()
-        back = [d % rank for d in user.args[1]] == [0, rank - 1, *range(1, rank - 1)]  # type: ignore[union-attr, operator]
+        back = [d % rank for d in user.args[1]] == [0, rank - 1, *range(1, rank - 1)]
         return replace(after, last=False) if back else None
     if chain.activation != "none":
         return None
@@ -355,12 +361,10 @@ def _repeated_frame(part: Any, y: Node, frame: int, joined: Node) -> tuple[int, 
         nodes.add(part)
     if part.target is not aten.slice.Tensor or part.args[0] is not y or part.kwargs or part.args[1] not in (2, -3):
         return None
-    start, end, step = [*part.args[2:], None, None, 1][:3] if len(part.args) < 5 else part.args[2:5]
-    if step not in (1, None) or not set(part.users) <= {joined, *nodes}:
+    if not set(part.users) <= {joined, *nodes} or not known(value(part).shape[2] == 1):
         return None
-    start = 0 if start is None else start
-    size = value(y).shape[2]
-    one = known(value(part).shape[2] == 1)
-    first = start == 0 and isinstance(start, int)
-    final = start == -1 or (isinstance(start, int) and known(size == start + 1))
-    return (times, nodes) if one and (first if frame == 0 else final) else None
+    start = part.args[2] if len(part.args) > 2 and part.args[2] is not None else 0
+    if not isinstance(start, int):
+        return None
+    at_end = start == -1 or known(value(y).shape[2] == start + 1)
+    return (times, nodes) if (start == 0 if frame == 0 else at_end) else None

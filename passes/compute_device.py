@@ -11,10 +11,28 @@ from typing import Any
 
 import torch
 
-from pvae.passes.machine import MACHINES, Machine, machine_named
+from pvae.passes.machine import MACHINES, machine_named
 
 # What `--device cuda` means where there is no GPU: the device that the option `machine` names.
 _CAPABILITIES = {"h200": "9.0", "h100": "9.0", "a100": "8.0"}
+
+
+@dataclass(frozen=True)
+class Libraries:
+    """Versions that the time of a kernel depends on; empty where there is none."""
+
+    torch: str = ""
+    triton: str = ""
+    cudnn: str = ""
+
+    @classmethod
+    def here(cls) -> Libraries:
+        try:
+            triton = importlib.metadata.version("triton")
+        except importlib.metadata.PackageNotFoundError:
+            triton = ""
+        cudnn = torch.backends.cudnn.version()
+        return cls(torch.__version__, triton, "" if cudnn is None else str(cudnn))
 
 
 @dataclass(frozen=True)
@@ -32,15 +50,13 @@ class ComputeDevice:
     capability: str = ""
     units: int = 1
     copy: float | None = None
-    torch: str = ""
-    triton: str = ""
-    cudnn: str = ""
+    libraries: Libraries = Libraries()
 
     @property
     def key(self) -> str:
         """The device and all that its figures depend on."""
-        parts = [self.name, self.capability, f"torch {self.torch}", f"triton {self.triton}", f"cudnn {self.cudnn}"]
-        return ", ".join(part for part in parts if part and not part.endswith(" "))
+        versions = [f"{name} {version}" for name, version in vars(self.libraries).items() if version]
+        return ", ".join([part for part in (self.name, self.capability) if part] + versions)
 
     @property
     def hopper(self) -> bool:
@@ -50,7 +66,9 @@ class ComputeDevice:
     def of(cls, device: torch.device, options: Any) -> ComputeDevice:
         """The device itself if it is here, else for `cuda` the one that the option `machine` names."""
         if device.type == "cpu":
-            return _cpu(torch.get_num_threads())
+            return cls(
+                "cpu", f"{_cpu_name()}, {torch.get_num_threads()} threads", libraries=Libraries(torch.__version__)
+            )
         if device.type != "cuda":
             return cls(device.type, device.type)
         if torch.cuda.is_available():
@@ -58,30 +76,12 @@ class ComputeDevice:
         return _named(options.machine)
 
 
-def _versions() -> dict[str, str]:
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = ""
-    cudnn = torch.backends.cudnn.version()
-    return {"torch": torch.__version__, "triton": triton, "cudnn": "" if cudnn is None else str(cudnn)}
-
-
-def _machine_like(name: str) -> Machine | None:
-    """The preset of the machine with that device name: `NVIDIA H200` is h200."""
-    return next((m for key, m in MACHINES.items() if key in name.lower()), None)
-
-
 @functools.cache
-def _cpu(threads: int) -> ComputeDevice:
+def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    names = (
-        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if (info.exists())
-        else []
-    )
-    name = names[0] if names else platform.processor() or platform.machine()
-    return ComputeDevice("cpu", f"{name}, {threads} threads", "", threads, None, torch.__version__)
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 @functools.cache
@@ -89,16 +89,16 @@ def _gpu(index: int) -> ComputeDevice:
     found = torch.cuda.get_device_properties(index)
     hip = torch.version.hip is not None
     capability = found.gcnArchName.split(":")[0] if hip else f"{found.major}.{found.minor}"
-    machine = None if hip else _machine_like(found.name)
+    machine = next((m for name, m in MACHINES.items() if name in found.name.lower()), None)
     copy = None if machine is None else machine.memory
-    return ComputeDevice(
-        "hip" if hip else "cuda", found.name, capability, found.multi_processor_count, copy, **_versions()
-    )
+    kind = "hip" if hip else "cuda"
+    return ComputeDevice(kind, found.name, capability, found.multi_processor_count, copy, Libraries.here())
 
 
 def _named(text: str) -> ComputeDevice:
+    """A GPU that is not here."""
     if torch.version.hip is not None:
-        return ComputeDevice("hip", "an AMD GPU", **_versions())
+        return ComputeDevice("hip", "an AMD GPU", libraries=Libraries.here())
     machine = machine_named(text)
-    name = f"NVIDIA {machine.name.upper()}"
-    return ComputeDevice("cuda", name, _CAPABILITIES[machine.name], int(machine.units), machine.memory, **_versions())
+    name, capability = f"NVIDIA {machine.name.upper()}", _CAPABILITIES[machine.name]
+    return ComputeDevice("cuda", name, capability, int(machine.units), machine.memory, Libraries.here())

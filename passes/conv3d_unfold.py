@@ -157,15 +157,16 @@ class UnfoldTime:
         for dim in range(3):
             outer = pad.along(2 - dim) if pad is not None else (0, 0)
             widths += [outer[0] + conv.padding[dim][0], outer[1] + conv.padding[dim][1]]
-        return Match(node, (conv, x, widths, choice.layout), f"{conv.in_channels} -> {conv.out_channels} channels")
+        return Match(node, (conv, x, widths), f"{conv.in_channels} -> {conv.out_channels} channels")
 
     def rewrite(self, graph: Graph, match: Match) -> None:
-        conv, x, widths, layout = match.facts
+        conv, x, widths = match.facts
         build = Builder(match.node)
         weight = build(aten.permute.default, conv.weight, [0, 2, 1, 3, 4])
         flat = conv.kernel[0] * conv.in_channels // conv.groups
         weight = build(aten.reshape.default, weight, [conv.out_channels, flat, *conv.kernel[1:]])
-        channels_last = layout == LAST
+        choice = chosen(match.node, self.context, self.form)
+        channels_last = choice is not None and choice.layout == LAST
         if channels_last:
             weight = build(CHANNELS_LAST, weight)
             x = build(aten.contiguous.default, x, memory_format=torch.channels_last_3d)

@@ -96,10 +96,15 @@ def forms_of(conv: ConvNode, wanted: Wanted, knowledge: Knowledge) -> Forms:
     figures = knowledge.figures(ConvProblem.of(conv))
     usual = default_layout(conv, wanted)
     every: list[Form] = []
-    for name, why_not in possible(conv, wanted).items():
+    there = possible(conv, wanted)
+    no_unfold = unfold_pays(conv) if there.get("unfold2d", "") is None and wanted.form != "unfold2d" else None
+    for name, why_not in there.items():
         layout, found = _layout(name, conv, wanted, usual), figures.of(name)
-        if why_not is None and name != wanted.form:
-            why_not = _rule_against(name, conv, usual, timed=found is not None and figures.sure != "rule")
+        timed = found is not None and figures.sure != "rule"
+        if why_not is None and name == "unfold2d" and not timed:
+            why_not = no_unfold
+        elif why_not is None and name == "channels_last" and name != wanted.form and usual == CONTIGUOUS:
+            why_not = _against_last(conv, timed)
         if why_not is not None or found is None:
             every.append(Form(name, layout, why_not))
         else:
@@ -107,7 +112,9 @@ def forms_of(conv: ConvNode, wanted: Wanted, knowledge: Knowledge) -> Forms:
     asked = next((f for f in every if f.name == wanted.form), None)
     if asked is not None and asked.why_not is None:
         return Forms(conv, tuple(every), asked, replace(figures, sure="asked"))
-    return Forms(conv, tuple(every), _ruled(conv, every, usual), figures, None if asked is None else asked.why_not)
+    return Forms(
+        conv, tuple(every), _ruled(every, usual, no_unfold is None), figures, None if asked is None else asked.why_not
+    )
 
 
 def default_layout(conv: ConvNode, wanted: Wanted) -> str:
@@ -182,26 +189,22 @@ def _why_not(name: str, conv: ConvNode, wanted: Wanted) -> str | None:
     return None
 
 
-def _rule_against(name: str, conv: ConvNode, usual: str, *, timed: bool) -> str | None:
-    """Why a form is not considered though it could be had: as long as nobody timed it, the rules say."""
-    x, weight = value(conv.x), value(conv.weight)
-    if name == "unfold2d":
-        return None if timed else unfold_pays(conv)
-    if name != "channels_last" or usual == CHANNELS_LAST:
-        return None
+def _against_last(conv: ConvNode, timed: bool) -> str | None:
+    """Why channels_last is not considered where contiguous tensors are usual, or None."""
+    x = value(conv.x)
     if timed and x.device.type == "cpu" and x.dtype == torch.float32:
         # oneDNN is a little faster so, but three times less exact (C = 64: 7.2e-7 against 2.5e-7; contiguous 2.2e-7).
         return "oneDNN sums float32 less exactly so"
-    return None if timed else no_gain(weight)
+    return None if timed else no_gain(value(conv.weight))
 
 
-def _ruled(conv: ConvNode, every: Sequence[Form], layout: str) -> Form:
+def _ruled(every: Sequence[Form], layout: str, unfolds: bool) -> Form:
     """The form that is taken where nothing is known to be faster."""
     can = {f.name: f for f in every if f.why_not is None}
     for name in ("linear", "frames"):
         if name in can:
             return can[name]
-    if "unfold2d" in can and unfold_pays(conv) is None:
+    if "unfold2d" in can and unfolds:
         return can["unfold2d"]
     usual = "channels_last" if layout == CHANNELS_LAST else "native"
     return can[usual] if usual in can else next(f for f in every if f.name == usual)

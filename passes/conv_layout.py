@@ -5,7 +5,8 @@ value of the problem; its two layouts are that dimension right behind the batch,
 
     convolution       its best form in that layout; a form that nothing is known of pins the layout that the rule takes
     view, permute     nothing, or a copy in the layout in which it cannot be a view
-    group_norm        its bytes; in channels_last twice that, for ATen's and Inductor's reductions (H200)
+    group_norm        its bytes; in channels_last twice that, for ATen's and Inductor's reductions (H200), unless pvae's kernel
+                      (fuse_norm_act.py) takes it
     nearest upsample  interpreted: its bytes, in channels_last 2.4 times that (sglang #38182); Inductor fuses it
     product on tokens a copy unless channels are innermost
     input             a copy, unless it comes so; only compiled code's own caches come in any
@@ -26,11 +27,13 @@ import torch
 from torch.fx import Graph, Node
 
 from pvae.kernels import conv_taps
+from pvae.kernels.channels_last import FORMATS, is_channels_last
 from pvae.passes.conv_forms import Forms
 from pvae.passes.ir import VIEW_OPS, aten, output_node, value
 from pvae.passes.layout_cut import CHANNELS_LAST, CONTIGUOUS, IMPOSSIBLE, LayoutProblem
 
 LAYOUTS = (CONTIGUOUS, CHANNELS_LAST)
+REDUCES = 8  # times fewer results than inputs
 NORM_CHANNELS_LAST, UPSAMPLE_CHANNELS_LAST = 2.0, 2.4
 UPSAMPLES = frozenset(
     {
@@ -49,15 +52,19 @@ def layout_problem(
     copy: float,
     *,
     interpreted: bool,
+    own_norms: bool,
     weights: Collection[str],
     free_outputs: Collection[int],
-) -> LayoutProblem:
+) -> tuple[LayoutProblem, dict[Node, Node]]:
     """The problem of a graph whose sizes are all known; `copy` is bytes/s, read and written together.
 
-    The values of the problem are nodes. `free_outputs` are results that may come in either layout.
+    `interpreted`: Inductor fuses nothing; `own_norms`: pvae's kernels take norms in channels_last.
+    The values of the problem are nodes. `free_outputs` are results that may come in either layout. Also returned: which
+    value each one is laid out like, if nothing else is done.
     """
     problem = LayoutProblem()
     channel: dict[Node, int] = {}  # the channel dimension of every value
+    like: dict[Node, Node] = {}
 
     def ms(x: Node, times: float = 2.0) -> float:
         tensor = value(x)
@@ -71,19 +78,26 @@ def layout_problem(
                 channel[node] = 1
                 problem.add(node, *_as_it_comes(node, ms(node)))
             continue
-        inputs = [n for n in node.all_input_nodes if n in channel]
         found = forms.get(node)
+        read = node.all_input_nodes if found is None else [found.conv.x]
+        inputs = [n for n in read if n in channel]
         if found is not None:
             channel[node] = 1
             problem.add(node, *_of_forms(found))
         elif inputs:
             source = max(inputs, key=lambda n: value(n).numel())
-            dim, costs = _followed(node, source, channel[source], interpreted)
+            dim, costs = _followed(node, source, channel[source])
+            if node.target is aten.group_norm.default and not own_norms:
+                costs = 2.0, 2.0 * NORM_CHANNELS_LAST
+            elif node.target in UPSAMPLES and interpreted:
+                costs = 1.25, 1.25 * UPSAMPLE_CHANNELS_LAST
             if dim is None:
-                for n in inputs:
+                # Rows as they are written are wanted by what makes as much of them; a reduction takes any order.
+                for n in (n for n in inputs if REDUCES * value(node).numel() >= value(n).numel()):
                     problem.add(n, *(ms(n) * (not row_major(value(n).dim(), channel[n], at)) for at in LAYOUTS))
                 continue
             channel[node] = dim
+            like[node] = source
             problem.add(node, *(ms(node, times) for times in costs))
         for n in inputs:
             problem.read(n, node, ms(n))
@@ -91,7 +105,7 @@ def layout_problem(
     for index, leaf in enumerate(leaves):
         if leaf in channel and index not in free_outputs and leaf.op != "placeholder":
             problem.add(leaf, *_as_it_comes(leaf, ms(leaf)))
-    return problem
+    return problem, like
 
 
 def _of_forms(found: Forms) -> tuple[float, float]:
@@ -104,15 +118,12 @@ def _of_forms(found: Forms) -> tuple[float, float]:
 
 
 def _as_it_comes(node: Node, conversion: float) -> tuple[float, float]:
-    """(contiguous, channels_last): a copy where `node`, by the strides that it has, is not in that layout."""
+    """(contiguous, channels_last): a copy where `node`, by the strides that it has, is in the other layout."""
     val = value(node)
-    plain = val.is_contiguous()
-    last = (
-        val.is_contiguous(memory_format={4: torch.channels_last, 5: torch.channels_last_3d}[val.dim()])
-        if (val.dim() in (4, 5))
-        else False
-    )
-    return (0.0 if plain or not last else conversion), (0.0 if last or not plain else conversion)
+    last = val.dim() in FORMATS and is_channels_last(val)
+    if last == val.is_contiguous():
+        return 0.0, 0.0  # both, or neither
+    return (conversion, 0.0) if last else (0.0, conversion)
 
 
 def order(ndim: int, channel: int, layout: str) -> list[int]:
@@ -139,7 +150,7 @@ def _lies(x: torch.Tensor, dims: list[int]) -> bool:
     return all(a >= b for a, b in pairwise(steps))
 
 
-def _followed(node: Node, source: Node, channel: int, interpreted: bool) -> tuple[int | None, tuple[float, float]]:
+def _followed(node: Node, source: Node, channel: int) -> tuple[int | None, tuple[float, float]]:
     """Where the channels of `source` are in `node`, and how often its bytes move in each layout; None where they are lost."""
     val, target = value(node), node.target
     if target in VIEW_OPS or target in (aten.unflatten.int, aten.flatten.using_ints, aten.movedim.intlist):
@@ -148,10 +159,6 @@ def _followed(node: Node, source: Node, channel: int, interpreted: bool) -> tupl
         return None, (0.0, 0.0)
     if target is conv_taps.OP:
         return 1, (4.0, 0.0)  # it copies in and out
-    if target is aten.group_norm.default:
-        return channel, (2.0, 2.0 * NORM_CHANNELS_LAST)
-    if target in UPSAMPLES and interpreted:
-        return channel, (1.25, 1.25 * UPSAMPLE_CHANNELS_LAST)
     if target in PRODUCTS:
         return (channel, (2.0, 0.0)) if channel == val.dim() - 1 else (None, (0.0, 0.0))
     if target is aten.scaled_dot_product_attention.default:
@@ -161,28 +168,20 @@ def _followed(node: Node, source: Node, channel: int, interpreted: bool) -> tupl
 
 def _viewed(node: Node, source: Node, channel: int) -> tuple[int | None, tuple[float, float]]:
     """A view, tried in both layouts: where the channels come out, and which layout needs a copy for it."""
-    size = value(source).shape[channel]
-    results: list[torch.Tensor | None] = []
-    for layout in LAYOUTS:
-        x = _in_order(value(source).shape, order(value(source).dim(), channel, layout))
-        results.append(_try_view(node, source, x))
-    last = results[1] if results[1] is not None else results[0]
-    if last is None or last.shape != value(node).shape:
+    x = value(source)
+    laid = [_in_order(x.shape, order(x.dim(), channel, layout)) for layout in LAYOUTS]
+    views = [_try_view(node, source, tensor) for tensor in laid]
+    # The channels are where their stride is found again, in the layout that the view works in.
+    at = 1 if views[1] is not None else 0
+    seen, step = views[at], laid[at].stride(channel)
+    if seen is None or seen.shape != value(node).shape:
         return None, (0.0, 0.0)
-    step = (
-        1
-        if results[1] is not None
-        else _in_order(value(source).shape, order(value(source).dim(), channel, CONTIGUOUS)).stride(channel)
-    )
-    found = [d for d in range(last.dim()) if last.shape[d] == size and last.stride(d) == step]
+    found = [d for d in range(seen.dim()) if seen.shape[d] == x.shape[channel] and seen.stride(d) == step]
     if not found:
         return None, (0.0, 0.0)
     dim = channel if channel in found else found[0]
-    costs = [
-        0.0 if y is not None and _lies(y, order(y.dim(), dim, layout)) else 2.0
-        for y, layout in zip(results, LAYOUTS, strict=True)
-    ]
-    return dim, (costs[0], costs[1])
+    fits = [y is not None and _lies(y, order(y.dim(), dim, layout)) for y, layout in zip(views, LAYOUTS, strict=True)]
+    return dim, (0.0 if fits[0] else 2.0, 0.0 if fits[1] else 2.0)
 
 
 def _try_view(node: Node, source: Node, x: torch.Tensor) -> torch.Tensor | None:

@@ -24,7 +24,7 @@ from pvae.passes.conv_forms import Form, Forms, Wanted, default_layout, forms_of
 from pvae.passes.conv_layout import layout_problem
 from pvae.passes.conv_problem import ConvProblem
 from pvae.passes.ir import ConvNode, source_line, value
-from pvae.passes.layout_cut import CHANNELS_LAST
+from pvae.passes.layout_cut import CHANNELS_LAST, CONTIGUOUS
 from pvae.passes.rule import Context, Pass, Record, Report
 
 KEY = "pvae_form"  # in the meta of a convolution
@@ -40,7 +40,7 @@ class FormChoice:
     alternatives  all forms, each with its time or why it cannot be had
     source        where the times are from, or `rule`
     config        of the kernel, for taps; empty: the kernel's own choice
-    converted     the activation comes in the other layout, and was found worth a copy
+    converted     native: the activation comes in channels_last, and was found worth a copy (into channels_last none is needed)
     """
 
     form: str
@@ -94,7 +94,7 @@ def chosen(node: Node, context: Context, form: str | None = None) -> FormChoice 
     if conv is None:
         return None
     forms = forms_of(conv, Wanted.of(context.options, form), Knowledge.of(value(conv.x).device, context.options))
-    return _best(forms, _fixed_layout(conv, context, form))
+    return _best(forms)
 
 
 def hand_over(choice: FormChoice | None, node: Node) -> None:
@@ -109,13 +109,9 @@ def _conv(node: Node) -> ConvNode | None:
     return conv if conv is not None and conv.ndim in (2, 3) else None
 
 
-def _fixed_layout(conv: ConvNode, context: Context, form: str | None = None) -> str | None:
-    """The layout that all ranks must keep alike, in a sharded graph; None in any other."""
-    return None if context.mesh is None else default_layout(conv, Wanted.of(context.options, form))
-
-
-def _best(forms: Forms, layout: str | None) -> FormChoice:
-    best = forms.best(layout)
+def _best(forms: Forms, layout: str | None = None) -> FormChoice:
+    """The best form in a layout; in the rule's one where none was decided on. That is of dtype, device and channels alone."""
+    best = forms.best(forms.ruled.layout if layout is None else layout)
     return FormChoice.of(forms.ruled if best is None else best, forms.every)
 
 
@@ -132,15 +128,17 @@ def decide(graph: Graph, context: Context) -> dict[Node, tuple[Forms, FormChoice
         if device not in knowledge:
             knowledge[device] = Knowledge.of(device, context.options)
         forms[conv.node] = forms_of(conv, wanted, knowledge[device])
-    alone = {node: _best(found, _fixed_layout(found.conv, context)) for node, found in forms.items()}
-    layouts = _cut(graph, context, forms, alone, knowledge) if context.mesh is None else {}
-    choices: dict[Node, tuple[Forms, FormChoice]] = {}
-    for node, found in forms.items():
-        best = found.best(layouts[node]) if node in layouts else None
-        choice = alone[node] if best is None else FormChoice.of(best, found.every)
-        if best is not None and layouts.get(found.conv.x, choice.layout) != choice.layout:
-            choice = replace(choice, converted=True)
-        choices[node] = found, choice
+    layouts, like = ({}, {}) if context.mesh is not None else _cut(graph, context, forms, knowledge)
+    choices = {node: (found, _best(found, layouts.get(node))) for node, found in forms.items()}
+    if not layouts:
+        return choices
+    for node, (found, choice) in choices.items():
+        source = found.conv.x
+        while source in like:
+            source = like[source]
+        arrives = choices[source][1].layout if source in choices else layouts.get(source, CONTIGUOUS)
+        if choice.form == "native" and arrives == CHANNELS_LAST:
+            choices[node] = found, replace(choice, converted=True)
     return choices
 
 
@@ -148,10 +146,10 @@ def _cut(
     graph: Graph,
     context: Context,
     forms: Mapping[Node, Forms],
-    alone: Mapping[Node, FormChoice],
     knowledge: Mapping[torch.device, Knowledge],
-) -> dict[Any, str]:
-    """The layout of every value, or nothing where the layouts by rule are as good, or nobody knows.
+) -> tuple[dict[Any, str], dict[Node, Node]]:
+    """The layout of every value, or nothing where the layouts by rule are as good, or nobody knows; and which value each
+    is laid out like.
 
     Only a graph with all sizes known, on one device, of which both layouts of some convolution are known.
     """
@@ -161,24 +159,30 @@ def _cut(
     ]
     symbolic = any(ConvProblem.of(f.conv) is None for f in forms.values())
     if len(knowledge) != 1 or copy is None or not open_ones or symbolic:
-        return {}
-    problem = layout_problem(
+        return {}, {}
+    problem, like = layout_problem(
         graph,
         forms,
         copy,
         interpreted=context.options.engine == "eager",
+        own_norms=_own_norms(context, next(iter(knowledge.values()))),
         weights=context.weights,
         free_outputs=context.free_strides,
     )
     layouts = problem.solve()
     usual = default_layout(open_ones[0].conv, Wanted.of(context.options))
-    changed = [f for n, f in forms.items() if layouts[n] != (f.ruled.layout if f.ruled.ms is None else usual)]
+    changed = [f for n, f in forms.items() if layouts[n] != f.ruled.layout]
     if not changed:
-        return layouts
-    by_rule = dict.fromkeys(problem.costs, usual)
-    by_rule |= {n: f.ruled.layout for n, f in forms.items() if f.ruled.ms is None}
+        return layouts, like
+    by_rule = dict.fromkeys(problem.costs, usual) | {n: f.ruled.layout for n, f in forms.items()}
     margin = min(f.figures.margin or MARGINS["measured"] for f in changed)
-    return layouts if problem.cost(layouts) < margin * problem.cost(by_rule) else {}
+    return (layouts if problem.cost(layouts) < margin * problem.cost(by_rule) else {}), like
+
+
+def _own_norms(context: Context, knowledge: Knowledge) -> bool:
+    """Whether norms in channels_last become pvae's kernels (fuse_norm_act.py)."""
+    fused = any(step.pass_.name == "fuse_norm_act" for step in context.options.pipeline.steps)
+    return fused and context.options.norm_act != "off" and knowledge.device.kind in ("cuda", "hip")
 
 
 def _analyse(graph: Graph, context: Context, report: Report) -> None:

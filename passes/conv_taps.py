@@ -17,6 +17,7 @@ from torch.fx import Graph, Node
 
 from pvae.kernels import channels_last
 from pvae.kernels import conv_taps as kernel
+from pvae.passes.conv_policy import chosen
 from pvae.passes.ir import Builder, ConvNode, PadNode, aten, known, repropagate, value
 from pvae.passes.rule import Context, Match, Pass, Refusal, Report, Rule
 
@@ -45,7 +46,7 @@ def site_of(conv: ConvNode) -> Site:
     user = _only_user(last)
     if user is not None and user.target is aten.add.Tensor and user.kwargs.get("alpha", 1) == 1:
         other = user.args[1] if user.args[0] is last else user.args[0]
-        if isinstance(other, Node) and _alike(other, last) and _alike(user, last):
+        if isinstance(other, Node) and other is not last and _alike(other, last) and _alike(user, last):
             last, residual = user, other
             user = _only_user(last)
     if user is not None and user.target in ACTIVATIONS and _alike(user, last):
@@ -74,8 +75,11 @@ def _joined(x: Node) -> tuple[Node, Node | None]:
         return x, None
     cache, rest = parts
     assert isinstance(cache, Node) and isinstance(rest, Node)
-    whole = cache is not rest and value(cache).dtype == value(rest).dtype and known(value(cache).shape[2] > 0)
-    return (rest, cache) if whole else (x, None)
+    if cache is rest or value(cache).dtype != value(rest).dtype:
+        return x, None
+    # `cat` leaves out what is empty, of one dimension or more.
+    videos = value(cache).dim() == value(rest).dim() == 5
+    return (rest, cache) if videos and known(value(cache).shape[2] > 0) else (x, None)
 
 
 def _only_user(node: Node) -> Node | None:
@@ -95,43 +99,24 @@ class ConvTaps:
 
     name = "taps"
 
-    def __init__(self, forced: bool) -> None:
-        self.forced = forced
+    def __init__(self, context: Context, form: str | None) -> None:
+        self.context, self.form = context, form
 
     def match(self, node: Node) -> Match | Refusal | None:
-        conv = ConvNode.of(node)
-        if conv is None or not conv.batched or conv.ndim not in (2, 3):
+        conv, choice = ConvNode.of(node), chosen(node, self.context, self.form)
+        if conv is None or choice is None:
             return None
-        reason = kernel.supports(value(conv.x), value(conv.weight), conv.groups) or self._not_chosen(conv)
+        reason = choice.why_not(self.name)
         if reason is not None:
             return Refusal(node, reason)
         site = site_of(conv)
-        absorbed = [
-            what
-            for what, there in (
-                ("cache", site.before),
-                ("residual", site.residual),
-                (site.activation, site.activation != "none"),
-            )
-            if there
-        ]
-        note = f"{conv.in_channels} -> {conv.out_channels} channels"
-        return Match(node, site, note + "".join(f", {what}" for what in absorbed))
-
-    def _not_chosen(self, conv: ConvNode) -> str | None:
-        if conv.stride == conv.kernel and not any(w for pair in conv.padding for w in pair):
-            return "kernel = stride: a linear"
-        if self.forced:
-            return None
-        x = value(conv.x)
-        if x.device.type != "cuda" or torch.version.hip is not None:
-            return "no gain measured here"
-        if x.dtype not in (torch.float16, torch.bfloat16) or conv.in_channels < 64:
-            return f"{conv.in_channels} channels of {x.dtype}: no gain measured"
-        return None
+        parts = [f"{conv.in_channels} -> {conv.out_channels} channels"]
+        parts += [what for what, there in (("cache", site.before), ("residual", site.residual)) if there is not None]
+        parts += [site.activation] if site.activation != "none" else []
+        return Match(node, (site, choice.config), ", ".join(parts))
 
     def rewrite(self, graph: Graph, match: Match) -> None:
-        site: Site = match.facts
+        site, config = match.facts
         conv, build = site.conv, Builder(site.last)
         weight = conv.weight
         if not channels_last.is_channels_last(value(weight)):
@@ -149,7 +134,7 @@ class ConvTaps:
                 list(conv.dilation),
                 False,
                 site.activation,
-                [],
+                list(config),
             )
         )
 
@@ -162,15 +147,13 @@ def _refresh_strides(graph: Graph, context: Context, report: Report) -> None:
 
 
 def _rules(context: Context, settings: Mapping[str, str]) -> list[Rule]:
-    form = context.options.conv3d
-    if form not in ("auto", "taps") or context.options.channels_last == "off":
-        return []
-    return [ConvTaps(form == "taps")]
+    return [ConvTaps(context, settings.get("form"))]
 
 
 CONV_TAPS = Pass(
     name="conv_taps",
     summary="convolutions as shifted matrix products, with their pads, caches, residuals and activations",
     rules=_rules,
+    options={"form": "auto|taps"},
     after=_refresh_strides,
 )

@@ -101,7 +101,7 @@ def _unfolded(node: Node) -> Node | None:
 def _swaps_frames(node: Node) -> bool:
     """`permute(x, [0, 2, 1, 3, 4])`, or `transpose(x, 1, 2)`."""
     if node.target is aten.permute.default:
-        return list(node.args[1]) == [0, 2, 1, 3, 4]  # type: ignore[arg-type]
+        return list(node.args[1]) == [0, 2, 1, 3, 4]
     return node.target is aten.transpose.int and set(node.args[1:]) in ({1, 2}, {-4, -3}) and value(node).dim() == 5
 
 

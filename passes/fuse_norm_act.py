@@ -10,7 +10,6 @@ passes/channel_norm.py says which spellings are read; the kernels are kernels/ch
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch.fx import Graph, Node
@@ -45,11 +44,13 @@ class FuseNormAct:
         dtype = value(start.x).dtype
         ends = [c for c in chains(start, innermost=not self.forced) if not c.last and value(c.node).dtype == dtype]
         if not ends:
-            return Refusal(node, f"its result is {value(node).dtype} and x {dtype}, or its channels stay last")
-        found = ends[-1]
-        if found.narrow and dtype.itemsize > 4:
+            return Refusal(
+                node, f"x is {dtype}, and what follows stays {value(start.node).dtype} or channels-last in name"
+            )
+        if ends[-1].narrow and dtype.itemsize > 4:
             return Refusal(node, f"it rounds {dtype} to less inside")
-        return Match(node, with_border(found) or found, _note(with_border(found) or found))
+        found = with_border(ends[-1]) or ends[-1]
+        return Match(node, found, _note(found))
 
     def rewrite(self, graph: Graph, match: Match) -> None:
         chain = match.facts

@@ -30,6 +30,7 @@ from pvae.passes.prefix_attention import PREFIX_ATTENTION
 from pvae.passes.rule import Context, Pass, Report
 from pvae.passes.shard import SHARD
 from pvae.passes.verify import Signature, verify
+from pvae.passes.wide_attention import WIDE_ATTENTION
 
 PASSES: tuple[Pass, ...] = (
     CANONICALIZE,  # first: every later rule matches one spelling
@@ -41,6 +42,7 @@ PASSES: tuple[Pass, ...] = (
     INLINE_MAIN_RANK,  # right after it: the passes that follow are for rank 0's regions too
     FUSE_MODULATION,  # on the norms as written
     FUSE_RESIDUAL_GATE,  # after the norms have taken the residuals before them
+    WIDE_ATTENTION,  # after sharding, which knows ATen's attention, and before layouts are chosen
     CONV_DTYPE,  # before forms are chosen: they depend on the dtype
     FOLD_UPSAMPLE,  # before forms are chosen: what it takes needs none; its casts are the small picture's
     CONV_POLICY,  # which form each convolution takes; the next three rewrite by it

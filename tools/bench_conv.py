@@ -26,6 +26,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,20 +120,20 @@ def native_forms(problem: Problem) -> Iterator[tuple[str, Call]]:
     for layout, memory_format in (("contiguous", torch.contiguous_format), ("channels_last", last)):
         weight = problem.weight.contiguous(memory_format=memory_format)
         padded = problem.padded.contiguous(memory_format=memory_format)
-        yield f"{layout} padded", lambda x=padded, w=weight: _convolve(x, w, shape.stride)
+        yield f"{layout} padded", partial(_convolve, padded, weight, shape.stride)
         if any(front for front, _ in borders) and all(front == back for front, back in borders):
             inner = problem.inner.contiguous(memory_format=memory_format)
             pads = (*[0] * (len(shape.kernel) - 2), *(front for front, _ in borders))
-            yield layout, lambda x=inner, w=weight, p=pads: _convolve(x, w, shape.stride, p)
+            yield layout, partial(_convolve, inner, weight, shape.stride, pads)
     if len(shape.kernel) == 3 and shape.kernel[0] == 1 and shape.stride[0] == 1:
         frames = problem.padded.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
         flat = problem.weight[:, :, 0].contiguous(memory_format=torch.channels_last)
-        yield (
-            "frames padded",
-            lambda: (
-                _convolve(frames, flat, shape.stride[1:]).unflatten(0, (shape.batch, shape.size[0])).transpose(1, 2)
-            ),
-        )
+
+        def frame_by_frame() -> Tensor:
+            y = _convolve(frames, flat, shape.stride[1:])
+            return y.unflatten(0, (shape.batch, shape.size[0])).transpose(1, 2)
+
+        yield "frames padded", frame_by_frame
 
 
 def unfold_forms(problem: Problem) -> Iterator[tuple[str, Call]]:
@@ -146,7 +147,7 @@ def unfold_forms(problem: Problem) -> Iterator[tuple[str, Call]]:
         flat = conv3d_unfold.unfold_weight(problem.weight, 1)
         weight = flat.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
         arguments = (shape.kernel[0], list(shape.stride), problem.widths(), [1, 1, 1], 1, last)
-        yield layout, lambda x=x, w=weight, a=arguments: conv3d_unfold.OP(x, w, None, *a)
+        yield layout, partial(conv3d_unfold.OP, x, weight, None, *arguments)
 
 
 def taps_form(problem: Problem) -> Callable[[Sequence[int]], Tensor]:
@@ -162,7 +163,8 @@ def taps_form(problem: Problem) -> Callable[[Sequence[int]], Tensor]:
 
 
 def configs(shape: Shape, dtype: torch.dtype) -> Iterator[conv_taps.Config]:
-    return conv_taps.candidate_configs(shape.channels, shape.out_channels, *shape.size[-2:], dtype)
+    height, width = shape.size[-2:]
+    return conv_taps.candidate_configs(shape.channels, shape.out_channels, height, width, dtype)
 
 
 # Measuring -------------------------------------------------------------------------------------------------------------
@@ -276,6 +278,10 @@ def matrix_call(n: int, dtype: torch.dtype, device: torch.device) -> Call:
     return lambda: a @ b
 
 
+def _first_call(shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+    taps_form(Problem.of(shape, dtype, device))([])
+
+
 def compiled(calls: Sequence[Callable[[], object]]) -> list[Exception | None]:
     """Call each once, many at a time: a call of a new kernel is a compilation. What it raised, of each."""
 
@@ -294,12 +300,12 @@ def tune(problem: Problem, rounds: int) -> tuple[list[int], str]:
     """The fastest config of all candidates, and what is to be said of those that could not run."""
     device, form = problem.padded.device, taps_form(problem)
     numbers = [config.numbers() for config in configs(problem.shape, problem.padded.dtype)]
-    failures = compiled([lambda c=c: form(c) for c in numbers])
+    failures = compiled([partial(form, c) for c in numbers])
     able = {str(c): c for c, failure in zip(numbers, failures, strict=True) if failure is None}
     if not able:
         raise failures[0] or RuntimeError(f"{problem.shape}: there is no candidate")
     pool = graph_pool(device)
-    found = in_turn({name: Replay.of(lambda c=c: form(c), device, pool) for name, c in able.items()}, rounds)
+    found = in_turn({name: Replay.of(partial(form, c), device, pool) for name, c in able.items()}, rounds)
     refused = [f"{type(f).__name__}" for f in failures if f is not None]
     note = f"{len(refused)} of {len(numbers)} candidates failed: {', '.join(sorted(set(refused)))}" if refused else ""
     return able[min(found, key=found.__getitem__)], note
@@ -312,13 +318,13 @@ def measure(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int,
     form = taps_form(problem)
     calls: dict[str, Call] = {f"native {name}": call for name, call in native_forms(problem)}
     calls |= {f"unfold {name}": call for name, call in unfold_forms(problem)}
-    calls["taps"] = lambda: form([])
+    calls["taps"] = partial(form, [])
     config: list[int] = []
     refusal = conv_taps.refusal(problem.inner, problem.weight)
     note = f"not the kernel: {refusal}" if refusal else ""
     if tuned and refusal is None:
         config, note = tune(problem, 3)
-        calls["tuned"] = lambda: form(config)
+        calls["tuned"] = partial(form, config)
     exact = problem.exact()
     pool, product = graph_pool(device), matrix_call(matrix, dtype, device)
     ms = in_turn({n: Replay.of(c, device, pool) for n, c in (calls | {"matrix": product}).items()}, rounds)
@@ -400,8 +406,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # read for fp32 alone
     torch.backends.cudnn.benchmark = args.cudnn_benchmark
     if device.type == "cuda":
-        once = [lambda s=s: taps_form(Problem.of(s, dtype, device))([]) for s in shapes]
-        if failure := next((f for f in compiled(once) if f is not None), None):
+        first = [partial(_first_call, shape, dtype, device) for shape in shapes]
+        if failure := next((f for f in compiled(first) if f is not None), None):
             raise failure
         torch.cuda.empty_cache()
     rows: dict[Shape, Row] = {}

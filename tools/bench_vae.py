@@ -30,6 +30,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -295,7 +296,7 @@ class Bench:
         order = random.Random(self.request.seed)
         for _ in range(self.runs):
             for row in order.sample(list(cases), len(cases)):
-                if not self._attempt(found[row], lambda row=row: self._call(cases[row], held[row], found[row])):
+                if not self._attempt(found[row], partial(self._call, cases[row], held[row], found[row])):
                     del cases[row]
         for row, case in cases.items():
             found[row].ms = statistics.median(found[row].times_ms)
@@ -304,7 +305,7 @@ class Bench:
         cases.clear()
         for row in rows:
             if self.small is not None and not found[row].failed:
-                self._attempt(found[row], lambda row=row: self._error(row, found[row]))
+                self._attempt(found[row], partial(self._error, row, found[row]))
         self.free()
         return list(found.values())
 
@@ -413,8 +414,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     figures.compare(first, args.interleave)
                 print(figures, flush=True)
                 results.append(figures)
-        if args.json:
-            args.json.write_text(json.dumps({**about, "rows": [asdict(r) for r in results]}, indent=1))
+            if args.json:
+                args.json.write_text(json.dumps({**about, "rows": [asdict(r) for r in results]}, indent=1))
     return int(any(r.failed for r in results))
 
 

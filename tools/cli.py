@@ -148,6 +148,7 @@ def tune(
     request: Request,
     again: Annotated[bool, typer.Option("--again", help="Measure what the store knows already too.")] = False,
     seconds: Annotated[float, typer.Option(min=0, help="Begin no convolution after so many.")] = 3600,
+    configs: Annotated[int, typer.Option(min=1, help="Of taps, tried at most for each convolution.")] = 12,
     as_json: Json = False,
 ) -> None:
     """Time each convolution's forms on this device; kept on disk."""
@@ -158,7 +159,7 @@ def tune(
         show.console(stderr=True).print(f"{count} convolutions, {known} of them known to {path}", style="dim")
 
     found = []
-    for one in tune_model(request, again=again, seconds=seconds, began=began):
+    for one in tune_model(request, again=again, seconds=seconds, configs=configs, began=began):
         found.append(one)
         if not as_json and one.trial is not None:
             show.console().print(show.tuned(one), soft_wrap=True, markup=False)

@@ -91,9 +91,17 @@ def sites(request: Request) -> list[Site]:
 
 
 def tune(
-    request: Request, *, again: bool, seconds: float, began: Callable[[Path, int, int], None] | None = None
+    request: Request,
+    *,
+    again: bool,
+    seconds: float,
+    configs: int = 12,
+    began: Callable[[Path, int, int], None] | None = None,
 ) -> Iterator[Tuned]:
     """Measure what the store does not know yet (`again`: everything), for at most about so many seconds.
+
+    `configs` of `taps` are tried at most for each convolution. `began` is told the store, and how many convolutions there
+    are and are known.
 
     Raises RequestError where there is no store or the device is not here, TuningStoreError where the store is damaged.
     """
@@ -115,6 +123,6 @@ def tune(
             continue
         if time.perf_counter() - start > seconds:
             return
-        trial = try_forms(site.problem, site.forms, site.why_not, device)
+        trial = try_forms(site.problem, site.forms, site.why_not, device, configs=configs)
         merge(path, DeviceTable.of(here, copy, {site.problem: trial.forms}))
         yield Tuned(site, trial)

@@ -28,7 +28,7 @@ CONFIGS = (
     Config(2, 2, 64, 32, 64, 4, 3),
     Config(1, 1, 16, 32, 32, 4, 3),
 )
-STEPS = 400  # of one kernel; the interpreter takes about a millisecond for each
+STEPS = 64  # of one launch; the interpreter takes three milliseconds and more for each
 
 
 def check(case: Case, config: Config | None = None, seed: int = 0) -> None:
@@ -54,14 +54,22 @@ def steps(case: Case, config: Config | None) -> int:
     return programs * prod(case.kernel) * -(-case.x[1] // cut.depth)
 
 
-@given(cases(), st.sampled_from(CONFIGS), st.integers(0, 1000))
-@depth(80)
-def test_any_convolution(case: Case, config: Config | None, seed: int) -> None:
-    assume(steps(case, config) <= STEPS)
-    check(case, config, seed)
+@st.composite
+def launches(draw: st.DrawFn, upsample: bool | None = None) -> tuple[Case, Config | None]:
+    """A case and a cut that makes few steps of it."""
+    case = draw(cases(upsample=upsample))
+    quick = [config for config in CONFIGS if steps(case, config) <= STEPS]
+    assume(quick)
+    return case, draw(st.sampled_from(quick))
 
 
-VIDEO = Case((1, 16, 2, 5, 6), 8, (3, 3, 3), padding=(0, 0, 1, 1, 1, 1), before=2)
+@given(launches(), st.integers(0, 1000))
+@depth(60)
+def test_any_convolution(launch: tuple[Case, Config | None], seed: int) -> None:
+    check(*launch, seed)
+
+
+VIDEO = Case((1, 16, 2, 2, 3), 8, (3, 1, 1), padding=(0, 0, 0, 0, 0, 0), before=2)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -69,35 +77,34 @@ VIDEO = Case((1, 16, 2, 5, 6), 8, (3, 3, 3), padding=(0, 0, 1, 1, 1, 1), before=
 @pytest.mark.parametrize("channels", [16, 9])
 def test_frames_before_x_wherever_they_lie(channels: int, before: int, layout: str) -> None:
     front = max(0, 2 - before)
-    padding = (front, 0, 1, 1, 1, 1)
+    padding = (front, 0, 0, 0, 0, 0)
     check(replace(VIDEO, x=(1, channels, *VIDEO.x[2:]), before=before, padding=padding, layout=layout))
 
 
 def test_one_frame_before_one_frame() -> None:
     """Strides in time of both mean nothing then, whatever they are."""
-    case = replace(VIDEO, x=(1, 16, 1, 5, 6), before=1, padding=(1, 0, 1, 1, 1, 1))
+    case = replace(VIDEO, x=(1, 16, 1, 2, 3), before=1, padding=(1, 0, 0, 0, 0, 0))
     for layout in LAYOUTS:
         check(replace(case, layout=layout))
 
 
-@given(cases(upsample=True), st.sampled_from(CONFIGS[1:4]))
-@example(Case((2, 24, 2, 3, 5), 20, (3, 2, 2), before=None, upsample=True, residual=True, activation="silu"), CONFIGS[1])
-@depth(10)
-def test_enlarged(case: Case, config: Config) -> None:
-    assume(steps(case, config) <= STEPS)
-    check(case, config)
+@given(launches(upsample=True))
+@example((Case((2, 24, 1, 3, 5), 20, (1, 2, 2), upsample=True, residual=True, activation="silu"), CONFIGS[2]))
+@depth(15)
+def test_enlarged(launch: tuple[Case, Config | None]) -> None:
+    check(*launch)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("channels", "out"), [(96, 96), (192, 200), (16, 384), (96, 3), (3, 96)])
 def test_widths_of_decoders(channels: int, out: int, dtype: torch.dtype) -> None:
-    check(Case((1, channels, 6, 17), out, (3, 3), residual=True, activation="silu", dtype=dtype))
+    check(Case((1, channels, 5, 9), out, (3, 3), residual=True, activation="silu", dtype=dtype))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_spreads_as_in_a_convolution(bad: float) -> None:
     """And not into what padding reads, nor along masked channels."""
-    case = Case((1, 9, 2, 6, 8), 7, (2, 3, 3), padding=(0, 0, 1, 1, 1, 1), before=1)
+    case = Case((1, 9, 2, 4, 5), 7, (2, 1, 3), padding=(0, 0, 0, 0, 1, 1), before=1)
     operands = case.make()
     operands.x[0, 3, 1, 2, 4] = bad
     y, exact = operands.run(), operands.reference(torch.float64)

@@ -15,16 +15,14 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, settings
 
-ROOT = Path(__file__).parents[2]
 DEPTH = {"ci": 1, "deep": 30}[os.environ.get("PVAE_TEST_PROFILE", "ci")]
 
 
 def run_interpreted(name: str) -> None:
     """Run the tests of a file beside this one under the interpreter; AssertionError with what pytest printed."""
-    paths = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
     done = subprocess.run(
         [sys.executable, "-m", "pytest", str(Path(__file__).with_name(name)), "-p", "no:cacheprovider"],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

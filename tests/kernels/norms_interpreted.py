@@ -1,17 +1,11 @@
-"""Property tests of the norm kernel under Triton's interpreter; `test_norms.py` runs this file in a process of its own.
-
-By hand:  TRITON_INTERPRET=1 python -m pytest tests/kernels/norms_interpreted.py
-Deeper:   the same with PVAE_TEST_PROFILE=deep
-"""
+"""Property tests of the norm kernel under Triton's interpreter; see `interpreted.py` for how they are run."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
 import triton
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -21,11 +15,11 @@ from pvae.kernels.norm_examples import FORMS, examples
 from pvae.kernels.norm_launch import refusal, run
 from pvae.kernels.norm_layout import TWINS, Operands
 from pvae.kernels.norm_reference import TOLERANCES, reference
+from tests.kernels.interpreted import depth
 
 assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1 before Triton is imported"
 torch.set_num_threads(1)
 
-DEPTH = {"ci": 1, "deep": 30}[os.environ.get("PVAE_TEST_PROFILE", "ci")]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 dtypes = st.sampled_from(DTYPES)
 configs = st.builds(
@@ -35,12 +29,6 @@ configs = st.builds(
     rows=st.sampled_from((1, 2, 4)),
     early=st.booleans(),
 )
-
-
-def depth(examples: int) -> settings:
-    return settings(
-        max_examples=examples * DEPTH, deadline=None, suppress_health_check=list(HealthCheck), derandomize=DEPTH == 1
-    )
 
 
 def check(

@@ -32,7 +32,12 @@ USES: dict[str, tuple[Norm, tuple[int, ...], Border, tuple[str, ...]]] = {
     "rms": (Norm("rms", 1e-6, "silu"), VIDEO, Border(), ("weight",)),
     "l2": (Norm("l2", 1e-12, "silu", 9.0), VIDEO, AROUND, ("weight", "bias")),
     "layer": (Norm("layer", 1e-6, "gelu"), (2, 50, 6, 7), Border(), ("weight", "bias")),
-    "group": (Norm("group", 1e-6, "silu", groups=32), (1, 128, 9, 96, 96), AROUND, ("weight", "bias", "scale", "shift")),
+    "group": (
+        Norm("group", 1e-6, "silu", groups=32),
+        (1, 128, 9, 96, 96),
+        AROUND,
+        ("weight", "bias", "scale", "shift"),
+    ),
     "small": (Norm("group", 1e-6, "relu", groups=32), (1, 768, 9, 6, 6), Border(), ("weight", "bias")),
     "frames": (Norm("group", 1e-6, groups=1, per_frame=True), (1, 768, 9, 30, 52), AROUND, ()),
 }
@@ -59,7 +64,9 @@ def assembly(step: Step, operands: Operands, target: GPUTarget) -> str:
     constants = dict(step.constants)
     warps = constants.pop("num_warps")
     given: dict[str, Any] = operands._asdict()
-    pointers = {name: POINTERS[t.dtype] for name, t in given.items() if t is not None} | {"y": POINTERS[operands.x.dtype]}
+    pointers = {name: POINTERS[t.dtype] for name, t in given.items() if t is not None} | {
+        "y": POINTERS[operands.x.dtype]
+    }
     pointers |= dict.fromkeys(("multiplier", "offset", "means", "squares"), "*fp32")
     absent = {name for name, t in given.items() if t is None}
     signature, attributes = {}, {}

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +18,7 @@ from pvae.kernels.norm_config import Work, by_rule, candidates
 from pvae.kernels.norm_examples import FORMS, examples
 from pvae.kernels.norm_launch import supports
 from pvae.kernels.norm_layout import Layout, Memory, Operands, aligned, find_layout
+from tests.kernels.interpreted import run_interpreted
 
 SHAPE = (2, 6, 24)
 HALF, FULL = torch.bfloat16, torch.float32
@@ -185,12 +182,4 @@ def test_configurations(channels: int, lanes: int, residual: bool) -> None:
 
 
 def test_under_the_interpreter() -> None:
-    """Triton reads TRITON_INTERPRET when it is imported, and other tests have imported it: hence a process."""
-    here = Path(__file__).with_name("norms_interpreted.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", str(here), "-p", "no:cacheprovider"],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    run_interpreted("norms_interpreted.py")

@@ -16,10 +16,11 @@ import pvae
 from pvae.options import parse_options
 from pvae.passes.compute_device import ComputeDevice
 from pvae.passes.conv_figures import Knowledge, nearest
+from pvae.passes.conv_layout import layout_problem
 from pvae.passes.conv_policy import KEY, FormChoice, chosen, decide
 from pvae.passes.conv_problem import ConvProblem
 from pvae.passes.conv_rules import unfold_pays
-from pvae.passes.ir import ConvNode, value
+from pvae.passes.ir import Builder, ConvNode, value
 from pvae.passes.pipeline import Pipeline, run_pipeline
 from pvae.passes.rule import Context
 from pvae.passes.tuning_store import DeviceTable, Measured, merge, shipped
@@ -132,7 +133,9 @@ def test_what_cannot_be_honoured_is_refused_with_the_reason() -> None:
     _, (report,) = rewrite(lambda x, w: F.conv3d(x, w, groups=2), x, w, passes=POLICY, options={"conv3d": "taps"})
     assert refusals([report]) == ["conv3d=taps cannot be honoured: 2 groups; it takes channels_last"]
     assert [d.rule for d in report.decisions] == ["channels_last"] and not report.matches
-    _, (report,) = rewrite(lambda x: F.conv2d(x[0], x[0, :, :1]), x, passes=POLICY, options={"conv3d": "unfold2d"})
+    _, (report,) = rewrite(
+        lambda x, w: F.conv2d(x[:, :, 0], w[:, :, 0], groups=2), x, w, passes=POLICY, options={"conv3d": "unfold2d"}
+    )
     assert not refusals([report]), "no form of a 2-D convolution"
 
 
@@ -159,7 +162,7 @@ PROBLEM = "bfloat16 1x96x4x64x64 > 96 kernel 3x3x3 padding 1.1x1.1x1.1"
     ("times", "form"),
     [
         ({"native": 1.0, "channels_last": 2.0, "unfold2d": 2.0, "taps": 3.0}, "native"),
-        ({"native": 1.96, "channels_last": 2.0, "unfold2d": 2.0, "taps": 2.0}, "unfold2d"),  # within two percent
+        ({"native": 1.97, "channels_last": 2.0, "unfold2d": 2.0, "taps": 2.0}, "unfold2d"),  # within two percent
         ({"native": 5.0, "channels_last": 1.0, "unfold2d": 2.0, "taps": 3.0}, "channels_last"),
         ({"native": 1.0, "channels_last": 2.0, "taps": 0.5}, "unfold2d"),  # the rule's own form was not measured
         ({"unfold2d": 2.0, "taps": 1.9}, "taps"),
@@ -218,8 +221,8 @@ def three(x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("copy", "layout"),
     [
-        (2**21 / 1e-3, "channels_last"),  # a conversion of a value, 256 KiB twice, takes 0.25 ms
-        (2**17 / 1e-3, "contiguous"),  # 4 ms: more than what three convolutions save
+        (2**21 / 1e-3, "channels_last"),  # to copy a value, 64 KiB, takes 0.06 ms
+        (2**15 / 1e-3, "contiguous"),  # 4 ms: input and result cost more than what three convolutions save
     ],
 )
 def test_the_layout_is_chosen_for_the_whole_graph(tmp_path: Path, copy: float, layout: str) -> None:
@@ -228,11 +231,11 @@ def test_the_layout_is_chosen_for_the_whole_graph(tmp_path: Path, copy: float, l
         store = measured(tmp_path / "s.json", "cuda", {ALL: TIMES}, copy)
         found = choices(three, *args, tuning_store=store)
     assert [c.layout for c in found] == [layout] * 3
-    assert [c.converted for c in found] == [layout == "channels_last", False, False]
+    assert not any(c.converted for c in found)
 
 
 def test_a_convolution_that_gains_less_than_copies_cost_follows_its_neighbours(tmp_path: Path) -> None:
-    """The one in the middle is a little slower in channels_last; copying there and back would cost more."""
+    """The one in the middle is 0.1 ms slower in channels_last; copying there and back would cost 0.16."""
     args = on_gpu(X32, W32, (48, 32, 3, 3, 3), (32, 48, 3, 3, 3), dtype=torch.float32)
     middle = ALL.replace("> 32", "> 48")
     last = ALL.replace("1x32x", "1x48x")
@@ -246,6 +249,20 @@ def test_a_convolution_that_gains_less_than_copies_cost_follows_its_neighbours(t
             assert [c.form for c in choices(three, *args, tuning_store=store)] == expected
 
 
+def test_one_fast_contiguous_form_is_not_worth_its_copies(tmp_path: Path) -> None:
+    """All go together; also where nothing is cut, a form stays in the layout of all others."""
+    args = on_gpu(X32, W32, (48, 32, 3, 3, 3), (32, 48, 3, 3, 3))
+    bf16 = {"native": 2.0, "channels_last": 1.0}
+    times = {p.replace("tf32", "bfloat16"): bf16 for p in (ALL, ALL.replace("1x32x", "1x48x"))}
+    times[ALL.replace("> 32", "> 48").replace("tf32", "bfloat16")] = {"native": 1.0, "channels_last": 1.05}
+    for copy, form in ((2**16 / 1e-3, "native"), (2**20 / 1e-3, "channels_last")):  # input and result are contiguous
+        store = measured(tmp_path / "s.json", "cuda", times, copy)
+        assert {c.form for c in choices(three, *args, tuning_store=store)} == {form}
+    context = Context(parse_options({"tuning_store": store}, {}))
+    alone = [chosen(node, context) for node in capture(three, *args).gm.graph.nodes]
+    assert {c.form for c in alone if c is not None} == {"channels_last"}
+
+
 def test_contiguous_by_figures_is_carried_out(tmp_path: Path) -> None:
     """In half precision everything else is channels_last, so the operands are copied."""
     args = on_gpu(X32, W32, (48, 32, 3, 3, 3), (32, 48, 3, 3, 3))
@@ -254,34 +271,49 @@ def test_contiguous_by_figures_is_carried_out(tmp_path: Path) -> None:
     store = measured(tmp_path / "s.json", "cuda", times, 1e18)
     passes = "conv_policy,conv3d_unfold,channels_last"
     gm, reports = rewrite(three, *args, passes=passes, options={"tuning_store": store})
+    assert [c.converted for c in choices(three, *args, tuning_store=store)] == [False, True, False]
     convs = [c for c in map(ConvNode.of, gm.graph.nodes) if c is not None]
     compact, lay = torch.ops.pvae.compact.default, torch.ops.pvae.channels_last.default
     assert [c.weight.target is lay for c in convs] == [True, False, True]
     assert [c.x.target is compact for c in convs] == [False, True, False]
-    assert value(convs[1].node).is_contiguous() and not value(convs[0].node).is_contiguous()
     assert reports[-1].counters == {"contiguous": 1, "channels_last": 2, **reports[-1].counters}
 
 
-class Attention(nn.Module):
-    """Convolution, tokens, convolution: a view in channels_last, a copy in contiguous."""
+def layers(x: Tensor, p: Tensor, g: Tensor) -> Tensor:
+    """Per-frame norm and upsampling, tokens through a product and back: what a decoder does between convolutions."""
+    n, c, t, h, w = x.shape
+    frames = F.group_norm(x.permute(0, 2, 1, 3, 4).reshape(n * t, c, h, w), 4, g, g)
+    frames = F.interpolate(frames, scale_factor=2.0, mode="nearest")
+    tokens = F.linear(x.flatten(2).transpose(1, 2), p).transpose(1, 2).reshape(n, c, t, h, w)
+    return frames.sum() + F.silu(tokens).unsqueeze(0).sum() + x.reshape(n, c * t, h, w).sum()
 
-    def forward(self, x: Tensor, w: Tensor, p: Tensor) -> Tensor:
-        y = conv(x, w)
-        n, c, t, h, width = y.shape
-        tokens = F.linear(y.flatten(2).transpose(1, 2), p)
-        return conv(tokens.transpose(1, 2).reshape(n, c, t, h, width), w)
 
-
-def test_views_and_products_of_tokens_pull_to_channels_last(tmp_path: Path) -> None:
-    args = on_gpu(X32, W32, (32, 32), dtype=torch.float32)
-    even = {ALL: {"native": 1.0, "channels_last": 1.0}}
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
-        store = measured(tmp_path / "s.json", "cuda", even, 2**18 / 1e-3)
-        found = choices(Attention(), *args, tuning_store=store)
-        plain = choices(lambda x, w, p: conv(conv(x, w), w), *args, tuning_store=store)
-    assert {c.layout for c in plain} == {"contiguous"}
-    # Two copies of tokens are saved, and the input and the result are copied instead: a tie stays as it was.
-    assert {c.layout for c in found} == {"contiguous"}
+@pytest.mark.parametrize("own_norms", [True, False])
+def test_what_stands_between_convolutions_costs_in_each_layout(own_norms: bool) -> None:
+    """In ms, with 64 KiB a value and a copy of it (read and written) in 0.5 ms."""
+    graph = capture(layers, torch.randn(X32), torch.randn(32, 32), torch.randn(32)).gm.graph
+    settings = {"weights": {"arg1_1", "arg2_1"}, "free_outputs": {0}, "own_norms": own_norms}
+    problem, like = layout_problem(graph, {}, 2**18 / 1e-3, interpreted=True, **settings)
+    costs = {str(n.target).partition(".")[2]: pair for n, pair in problem.costs.items() if isinstance(n, Node)}
+    costs = {
+        name: costs[name] for name in ("linear.default", "silu.default", "group_norm.default", "upsample_nearest2d.vec")
+    }
+    norm = (0.0, 0.0) if own_norms else (0.5, 1.0)
+    assert costs == {
+        "linear.default": (0.5, 0.0),  # reads tokens as rows
+        "silu.default": (0.0, 0.0),
+        "group_norm.default": norm,
+        "upsample_nearest2d.vec": (pytest.approx(1.25), pytest.approx(3.0)),
+    }
+    (x,) = [n for n in graph.nodes if n.name == "arg0_1"]
+    views = {
+        tuple(value(n).shape): problem.costs.get(n) for n in graph.nodes if n.target is torch.ops.aten.reshape.default
+    }
+    assert views[2, 32, 16, 16] == (0.5, 0.0), "frames of a contiguous video are a copy"
+    assert views[1, 32, 512] == views[1, 32, 2, 16, 16] == (0.0, 0.0), "rows and columns join in either layout"
+    assert views[1, 64, 16, 16] is None, "channels and frames are one dimension: nothing follows its layout"
+    # As it comes, the input is contiguous; in channels_last joining channels and frames is a copy besides.
+    assert problem.costs[x] == (0.0, 1.0) and x not in like
 
 
 # --- sharded -----------------------------------------------------------------------------------------------------------
@@ -293,16 +325,15 @@ def test_ranks_keep_the_layouts_that_they_exchange_rows_in(tmp_path: Path) -> No
     times = {ALL.replace("tf32", "bfloat16"): {"native": 1.0, "channels_last": 9.0, "taps": 0.1, "unfold2d": 2.0}}
     store = measured(tmp_path / "s.json", "cuda", times, 1e18)
 
-    def piece(x: Tensor, w: Tensor) -> Tensor:
-        return conv(fetch(x, 3, (0, 16, 32), ((0, 16), (16, 32)), 0, "zeros", None), w)
-
     found = []
     for option in ("off", store):
-        captured = capture(piece, *args)
-        mesh = Mesh(2, 0)
-        context = Context(parse_options({"tuning_store": option}, {}), mesh=mesh)
-        run_pipeline(captured.gm, Pipeline.parse("conv_policy,channels_last"), context)
-        nodes = list(captured.gm.graph.nodes)
+        gm = capture(conv, *args).gm
+        (node,) = [n for n in gm.graph.nodes if ConvNode.of(n)]
+        rows = Builder(node)(fetch, node.args[0], 3, (0, 16, 32), ((0, 16), (16, 32)), 0, "zeros", None)
+        node.replace_input_with(node.args[0], rows)
+        context = Context(parse_options({"tuning_store": option}, {}), mesh=Mesh((2,), (None,), 0, (0,)))
+        run_pipeline(gm, Pipeline.parse("conv_policy,channels_last"), context)
+        nodes = list(gm.graph.nodes)
         found.append(([n.args[1:] for n in nodes if n.target is fetch], [n.meta[KEY] for n in nodes if KEY in n.meta]))
     (fetches, (plain,)), (others, (own,)) = found
     assert fetches == others and fetches and fetches[0][-1] is True
@@ -342,7 +373,6 @@ def test_it_reports_every_convolution_and_rewrites_nothing() -> None:
     first, second = report.decisions
     assert first.rule == "taps" and first.note.startswith(f"{PROBLEM}: taps ") and "unfold2d " in first.note
     assert second.rule == "channels_last" and "taps: no figure" in second.note
-    assert first.source.startswith("test_conv_policy.py:")
 
 
 # --- the zoo -----------------------------------------------------------------------------------------------------------
@@ -381,7 +411,7 @@ def captured(name: str, part: str, dtype: torch.dtype) -> list[Graph]:
     return found
 
 
-@pytest.mark.parametrize("name", ["wan2.1", "cogvideox", "ltx2-video", "kl", "dc", "hunyuan-video"])
+@pytest.mark.parametrize("name", ["cogvideox", "kl"])
 def test_layouts_of_the_zoo(name: str) -> None:
     """Half precision on NVIDIA works channels_last throughout, with the form that was measured before there was a policy."""
     for graph in captured(name, "decode", torch.bfloat16):

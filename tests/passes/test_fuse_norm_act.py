@@ -195,7 +195,7 @@ def twice(y: Tensor) -> Tensor:
 
 BORDERS: dict[str, tuple[Function, list[int], str]] = {
     "replicate": (lambda y: F.pad(y, (1, 1, 1, 1, 2, 0), "replicate"), [2, 0, 1, 1, 1, 1], "replicate"),
-    "reflect": (lambda y: F.pad(y, (1, 2), "reflect"), [0, 0, 0, 0, 1, 2], "reflect"),
+    "reflect": (lambda y: F.pad(y, (1, 2, 0, 0, 0, 0), "reflect"), [0, 0, 0, 0, 1, 2], "reflect"),
     "zeros in front": (lambda y: F.pad(y, (0, 0, 0, 0, 2, 0)), [2, 0, 0, 0, 0, 0], "constant"),
     "repeated frames": (lambda y: joined(y, 1, 1), [1, 1, 0, 0, 0, 0], "replicate"),
     "listed frames": (twice, [2, 0, 0, 0, 0, 0], "replicate"),
@@ -221,9 +221,12 @@ def test_borders(border: str) -> None:
 @pytest.mark.parametrize(
     "after",
     [
-        lambda y, k: (F.pad(y, (1, 1), "replicate").sum(),),  # no convolution reads it
-        lambda y, k: (F.conv3d(F.pad(y, (1, 1), "replicate"), k), y.sum()),  # something else reads the inside
-        lambda y, k: (F.conv3d(F.pad(y, (1, 1), "circular"), k),),
+        lambda y, k: (F.pad(y, (1, 1, 0, 0, 0, 0), "replicate").sum(),),  # no convolution reads it
+        lambda y, k: (
+            F.conv3d(F.pad(y, (1, 1, 0, 0, 0, 0), "replicate"), k),
+            y.sum(),
+        ),  # something else reads the inside
+        lambda y, k: (F.conv3d(F.pad(y, (1, 1, 0, 0, 0, 0), "circular"), k),),
         lambda y, k: (F.conv3d(F.pad(y, (1, 1), value=1.0), k),),
         lambda y, k: (F.conv3d(F.pad(y, (-1, 2)), k),),
         lambda y, k: (F.conv3d(torch.cat([y[:, :, 1:2], y], 2), k),),  # not the first frame
@@ -235,7 +238,7 @@ def test_borders(border: str) -> None:
     ],
 )
 def test_what_is_no_border_stays(after: Function) -> None:
-    gm, reports = rewrite(lambda x, k: after(norm(x), k), X, K, passes=PASSES, options=ON)
+    gm, _ = rewrite(lambda x, k: after(norm(x), k), X, K, passes=PASSES, options=ON)
     (node,) = [n for n in gm.graph.nodes if n.target is group]
     assert len(node.args) == 6 and not node.kwargs
     torch.testing.assert_close(gm(X, K), list(after(norm(X), K)), rtol=1e-4, atol=1e-4)
@@ -299,7 +302,9 @@ def test_a_norm_of_tokens_is_none_of_these() -> None:
 # Refusals -------------------------------------------------------------------------------------------------------------
 
 
-def auto(function: Function, *shapes: tuple[int, ...], dtype: Any, device: str = "cuda", laid: bool = True) -> list[Report]:
+def auto(
+    function: Function, *shapes: tuple[int, ...], dtype: Any, device: str = "cuda", laid: bool = True
+) -> list[Report]:
     with new_fake_mode():
         args = [torch.empty(s, device=device, dtype=dtype) for s in shapes]
         if laid:
@@ -331,7 +336,6 @@ def test_auto_takes_operands_like_x_only_where_they_are_laid_out_like_it() -> No
 
     (record,) = auto(before, (1, C, 3, 4, 5), (1, C, 3, 5, 4), dtype=torch.bfloat16)[1].matches
     assert record.note == "group norm + scale"  # strided, but each position's channels are side by side
-    (record,) = auto(before, (1, C, 3, 4, 5), (1, C, 3, 5, 4), dtype=torch.bfloat16, laid=True)[1].matches
     reports = auto(lambda x, s: F.group_norm(x, 4) * s.view(1, C, 3, 4, 5), (1, C, 3, 4, 5), (C, 60), dtype=torch.half)
     assert [m.note for m in reports[1].matches] == ["group norm"]
 
@@ -346,20 +350,15 @@ def test_off() -> None:
     [
         (lambda x: F.group_norm(x, 4), torch.randn(2, C, 6), "group norm of 3 dimensions, neither pictures nor videos"),
         (
-            lambda x: by_mean(x.float()).double() * 1.0 + by_mean(x),
-            X.double(),
-            "it rounds torch.float64 to less inside",
-        ),
-        (
             lambda x: F.group_norm(x.float(), 4),
             XH,
-            "its result is torch.float32 and x torch.bfloat16, or its channels stay last",
+            "x is torch.bfloat16, and what follows stays torch.float32 or channels-last in name",
         ),
     ],
 )
 def test_refusals(function: Function, x: Tensor, reason: str) -> None:
     gm, reports = rewrite(function, x, passes=PASSES, options=ON)
-    assert reason in refusals(reports) or reason.startswith("it rounds")
+    assert refusals(reports) == [reason]
     torch.testing.assert_close(gm(x)[0], function(x), rtol=1e-4, atol=1e-5)
 
 

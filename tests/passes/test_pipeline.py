@@ -151,7 +151,7 @@ def test_ordinals_run_on_through_passes() -> None:
         return torch.nn.functional.conv3d(torch.nn.functional.pad(x, (1, 1, 1, 1, 1, 1)), w).clone().relu()
 
     _, reports = rewrite(
-        forward, torch.randn(1, 2, 3, 4, 4), conv.weight, passes="canonicalize,fold_pad,conv3d_unfold",
+        forward, torch.randn(1, 2, 3, 4, 4), conv.weight, passes="canonicalize,fold_pad{where=any},conv3d_unfold",
         options={"conv3d": "unfold2d"},
     )  # fmt: skip
     assert [m.ordinal for r in reports for m in r.matches] == [1, 2, 3]

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pvae.passes import tuning_store
-from pvae.passes.compute_device import ComputeDevice
+from pvae.passes.compute_device import ComputeDevice, Libraries
 from pvae.passes.conv_problem import ConvProblem
 from pvae.passes.tuning_store import DeviceTable, Measured, TuningStoreError, merge, read, shipped, store_path
 
-DEVICE = ComputeDevice("cuda", "NVIDIA H200", "9.0", 132, 4e12, "2.13.0", "3.7.1", "91900")
+DEVICE = ComputeDevice("cuda", "NVIDIA H200", "9.0", 132, 4e12, Libraries("2.13.0", "3.7.1", "91900"))
 
 
 def problem(channels: int) -> ConvProblem:
@@ -49,7 +49,7 @@ def test_property_figures_survive(tmp_path_factory: pytest.TempPathFactory, time
 
 def test_merging_replaces_the_same_convolution_and_keeps_others(tmp_path: Path) -> None:
     path = tmp_path / "store.json"
-    other = ComputeDevice("cpu", "a CPU", torch="2.13.0")
+    other = ComputeDevice("cpu", "a CPU", libraries=Libraries("2.13.0"))
     merge(path, table(native=Measured(1.0), taps=Measured(2.0)))
     merge(path, DeviceTable.of(DEVICE, 4e12, {problem(64): {"native": Measured(3.0)}}))
     merge(path, table(other, native=Measured(9.0)))

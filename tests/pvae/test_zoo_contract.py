@@ -16,6 +16,11 @@ from pvae.tools.zoo import Case, load, names
 from pvae.tools.zoo.load import ENTRIES
 
 every_case = pytest.mark.parametrize(("name", "part"), [(n, p) for n in names() for p in ("decode", "encode")])
+# Of each family one; LTX's norms and dc's of encoding round to float32 inside a float64 model.
+TAPS_CASES = [
+    *((n, "decode") for n in ("wan2.1", "qwen-image", "hunyuan-video", "cogvideox", "mochi", "kl", "dc", "tiny-kl")),
+    *((n, "encode") for n in ("wan2.1", "qwen-image", "hunyuan-video", "cogvideox", "flux2")),
+]
 WITHOUT_CONV3D = ("kl", "flux2", "dc", "tiny-kl")
 
 
@@ -48,6 +53,15 @@ def test_double_with_everything_unfolded(name: str, part: str) -> None:
     found, report = compare(case, case.run(), engine="eager", conv3d=form, weights="frozen")
     assert found.ok, str(found)
     assert (report.matches("conv3d_unfold") > 0) == (name not in WITHOUT_CONV3D) or form == "auto"
+
+
+@pytest.mark.parametrize(("name", "part"), TAPS_CASES)
+def test_double_with_taps(name: str, part: str) -> None:
+    """Every convolution by `conv_taps`, with what stands around it; two more as a linear."""
+    case = load(name, part=part, dtype=torch.float64)
+    found, report = compare(case, case.run(), engine="eager", conv3d="taps")
+    assert found.ok, str(found)
+    assert report.matches("conv_taps") > 0
 
 
 @pytest.mark.slow

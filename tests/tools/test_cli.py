@@ -21,7 +21,7 @@ from pvae.passes.rule import BEYOND_LIMIT
 from pvae.tools import cli, doctor
 from pvae.tools.model_run import Request, attach_reports, compile_traced, trace_shapes
 
-COMMANDS = ("passes", "run", "explain", "dump", "diff", "check", "bisect", "doctor", "demo")
+COMMANDS = ("passes", "run", "explain", "tune", "dump", "diff", "check", "bisect", "doctor", "demo")
 SMALL = ("small:video", "--device", "cpu")
 
 
