@@ -23,11 +23,21 @@ from torch.nn import functional
 
 from pvae.kernels.channels_last import FORMATS
 from pvae.kernels.conv_taps_config import Config, candidate_configs, default_config
-from pvae.kernels.conv_taps_launch import FLOATS, Call, Memory, Plan, make_plan, on_device
+from pvae.kernels.channel_norm_layout import Border, Operands
+from pvae.kernels.channel_norm_layout import check as check_operands
+from pvae.kernels.channel_norm_reference import Norm
+from pvae.kernels.conv_taps_launch import (
+    ACTIVATIONS,
+    FLOATS,
+    Call,
+    Memory,
+    Plan,
+    make_norm_plan,
+    make_plan,
+    on_device,
+)
 from pvae.kernels.norm_launch import device_refusal
 from pvae.kernels.norm_op import functional_op
-
-ACTIVATIONS = ("none", "silu", "relu")
 
 
 def supports(x: Tensor, weight: Tensor, groups: int = 1) -> str | None:
@@ -129,7 +139,7 @@ def _check(
 
 @dataclass(frozen=True)
 class Ready:
-    """What is known of calls of one kind: how the result lies, why the reference runs, or else the plan, if any is needed."""
+    """What is known of calls of one kind: how the result lies, why no kernel runs, or else the plan, if any is needed."""
 
     shape: list[int]
     strides: tuple[int, ...]
@@ -138,15 +148,32 @@ class Ready:
 
 
 @functools.lru_cache(maxsize=4096)
-def _ready(call: Call) -> Ready:
+def ready_for(call: Call) -> Ready:
+    """Of calls of this kind, what each of them would have to find out. Raises ValueError where arguments do not fit."""
     x, before, weight, bias, residual = (None if m is None else m.tensor() for m in call[:5])
     assert x is not None and weight is not None
     _check(x, before, weight, bias, residual, call.stride, call.padding, call.dilation, call.upsample, call.activation)
     shape = out_shape(x, before, weight, call.stride, call.padding, call.dilation, call.upsample)
     y = torch.empty(shape, device="meta", memory_format=FORMATS[x.dim()])
     refused = supports(x, weight) or _refusal(x.dtype, call.x.device.type, call.tf32)
-    plan = make_plan(call, shape) if refused is None and y.numel() else None
+    plan: Plan | str | None = None
+    if call.norm is not None:
+        _check_norm(call, y)
+    if refused is None and y.numel():
+        plan = make_plan(call, shape) if call.norm is None else make_norm_plan(call, shape)
+    if isinstance(plan, str):
+        refused, plan = plan, None
     return Ready(shape, y.stride(), refused, plan)
+
+
+def _check_norm(call: Call, y: Tensor) -> None:
+    norm = call.norm
+    assert norm is not None
+    operands = Operands(y, *(None if m is None else m.tensor() for m in norm[:2]))
+    check_operands(operands)
+    Norm(norm.kind, norm.eps, norm.activation, norm.factor).check(operands, Border())
+    if not 0 <= norm.tail <= (y.shape[2] if y.dim() == 5 else 0):
+        raise ValueError(f"conv_taps_norm: the last {norm.tail} frames of a result {list(y.shape)}")
 
 
 def _fake(
@@ -197,7 +224,7 @@ def conv_taps(
         not any(t is not None and t.data_ptr() % 16 for t in tensors),
         x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32,
     )  # fmt: skip
-    ready = _ready(call)
+    ready = ready_for(call)
     if ready.refused is not None:
         y = reference(x, before, weight, bias, residual, stride, padding, dilation, upsample, activation)
         return y.clone(memory_format=FORMATS[x.dim()])
@@ -244,12 +271,14 @@ def reference(
 
 
 __all__ = [
+    "ACTIVATIONS",
     "OP",
     "Config",
     "candidate_configs",
     "conv_taps",
     "default_config",
     "out_shape",
+    "ready_for",
     "reference",
     "refusal",
     "supports",

@@ -33,8 +33,8 @@ from pvae.kernels.norm_op import functional_op
 HALVES = (torch.float16, torch.bfloat16)
 WIDEST_FLASH = 256  # channels of a head; flash attention takes no more
 FEW_SCORES = 2**20  # with fewer, one launch of SDPA is over sooner than several of ours
-SCORE_BYTES = 32 * 2**20  # of a block of scores
-ROWS = 2048  # of a block: as few as fill a GPU with tiles of P V, which has few columns
+SCORE_BYTES = 256 * 2**20  # of a block of scores: large enough that a launch takes longer than the host needs for it
+ROWS = 8192  # of a block at most, if there are as many keys
 MOST_COLUMNS = 16384  # of a block: a row is held in one program's registers
 TILE = 128  # blocks are multiples of a matrix product's tile
 

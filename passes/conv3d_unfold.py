@@ -24,7 +24,7 @@ from pvae.kernels import conv3d_unfold as kernel
 from pvae.kernels.channels_last import OP as CHANNELS_LAST
 from pvae.passes.conv_forms import is_patches, why_no_frames
 from pvae.passes.conv_policy import chosen, hand_over
-from pvae.passes.conv_problem import zero_pad
+from pvae.passes.conv_site import zero_pad
 from pvae.passes.ir import Builder, ConvNode, PadNode, aten, known, value
 from pvae.passes.layout_cut import CHANNELS_LAST as LAST
 from pvae.passes.rule import Context, Match, Pass, Refusal, Rule

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch.fx import Node
 
-from pvae.passes.ir import ConvNode, PadNode, aten, known, static, value
+from pvae.passes.conv_site import front_of
+from pvae.passes.ir import ConvNode, static, value
 
 _HEAD = re.compile(r"(\w+) (\d+(?:x\d+)+) > (\d+) kernel (\d+(?:x\d+)*)((?: \w+ [\d.x]+)*)")
 
@@ -52,9 +52,10 @@ class ConvProblem:
         """None where a size is symbolic, or x has no batch dimension."""
         if not conv.batched:
             return None
-        x, pads, before = _source(conv)
+        x, cache, pads = front_of(conv)
         shape = [static(size) for size in value(x).shape]
-        if any(size is None for size in shape):
+        before = 0 if cache is None else static(value(cache).shape[2])
+        if before is None or any(size is None for size in shape):
             return None
         batch, channels, *sizes = (size for size in shape if size is not None)
         name = precision(value(conv.x).dtype)
@@ -151,33 +152,3 @@ class ConvProblem:
 
 
 EXAMPLE = "'bfloat16 1x96x4x480x832 > 96 kernel 3x3x3 padding 0.0x1.1x1.1 before 2'"
-
-
-def _source(conv: ConvNode) -> tuple[Node, tuple[tuple[int, int], ...], int]:
-    """What the convolution reads behind a zero pad and a causal cache: x, all its padding, and the frames before it."""
-    x, pads = conv.x, conv.padding
-    pad = PadNode.of(x)
-    if pad is not None and zero_pad(pad, conv.ndim):
-        x = pad.x
-        pads = tuple(
-            (front + pad.along(conv.ndim - 1 - i)[0], back + pad.along(conv.ndim - 1 - i)[1])
-            for i, (front, back) in enumerate(pads)
-        )
-    if conv.ndim == 3 and x.target is aten.cat.default and len(x.args) == 2 and x.args[1] in (2, -3):
-        parts = x.args[0]
-        if isinstance(parts, (list, tuple)) and len(parts) == 2 and known(value(x).shape[0] == 1):
-            frames = static(value(parts[0]).shape[2])
-            if frames:
-                return parts[1], pads, frames
-    return x, pads, 0
-
-
-def zero_pad(pad: PadNode, spatial: int) -> bool:
-    """Whether a convolution of so many spatial dimensions may take over the pad: zeros, and none of them elsewhere."""
-    inner, outer = pad.pads[:spatial], pad.pads[spatial:]
-    return (
-        pad.mode == "constant"
-        and pad.fill == 0.0
-        and all(w >= 0 for pair in inner for w in pair)
-        and all(pair == (0, 0) for pair in outer)
-    )

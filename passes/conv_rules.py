@@ -17,20 +17,23 @@ from pvae.runtime.torch_compat import conv_backend
 HALF = (torch.float16, torch.bfloat16)
 SLOW_BACKENDS = ("Slow", "Overrideable", "Empty")
 
-# H200, half precision, 3x3x3 kernels of stride 1: FLOP/s by the fewer of the channels, in or out. cuDNN's forms are of torch
-# 2.11 with cuDNN 9.19; C = 128 from whole decodes of LTX-2 and CogVideoX; `taps` from the bench of conv_taps.
-# Of one frame nothing was measured for `native`; `taps` has a third of the steps and is supposed to reach 0.9 of its rate.
+# H200, half precision, 3x3 and 3x3x3 kernels of stride 1, large pictures: FLOP/s by the fewer of the channels, in or out.
+# cuDNN's forms are of torch 2.11 with cuDNN 9.19; C = 128 in 3-D from whole decodes of LTX-2 and CogVideoX; `taps` from
+# the bench of conv_taps (docs/measurements.md).
 _RATES_3D: Mapping[str, Table] = {
     "native": ((0, 0.0), (96, 207e12), (192, 442e12), (384, 504e12)),
     "channels_last": ((0, 0.0), (96, 256e12), (128, 471e12), (192, 538e12), (384, 579e12)),
     "unfold2d": ((0, 0.0), (96, 330e12)),
-    "taps": ((0, 0.0), (96, 545e12), (192, 735e12)),
+    "taps": ((0, 0.0), (96, 744e12), (192, 769e12), (384, 690e12)),
 }
 _RATES_2D: Mapping[str, Table] = {
-    "channels_last": ((0, 0.0), (96, 336e12), (192, 483e12), (384, 589e12)),
-    "taps": ((0, 0.0), (96, 490e12), (192, 660e12)),
+    "channels_last": ((0, 0.0), (96, 300e12), (128, 391e12), (256, 533e12), (512, 642e12)),
+    "taps": ((0, 0.0), (96, 640e12), (128, 727e12), (256, 764e12), (512, 800e12)),
 }
-FEWEST_CHANNELS, FEWEST_OUT = 64, 17  # below these nothing was measured for `taps`
+# Of up to 16 output channels, which cost as much as 16: FLOP/s as if there were 16 (96 -> 3 and 128 -> 3 channels).
+FEW_OUT = 16
+_RATES_FEW_OUT: Mapping[str, float] = {"channels_last": 117e12, "taps": 250e12}
+FEWEST_CHANNELS = 64  # in; below that nothing was measured for `taps`
 BLOCK_ROWS, BLOCK_COLUMNS = 128, 192
 
 
@@ -93,13 +96,16 @@ def rates(problem: ConvProblem, device: ComputeDevice) -> dict[str, float]:
     plain = problem.kernel[-2:] == (3, 3) and frames <= 3 and problem.stride == problem.dilation == ones
     if not device.hopper or problem.precision not in ("bfloat16", "float16") or not plain or problem.groups != 1:
         return {}
-    fewer = min(problem.channels, problem.out_channels)
-    found: dict[str, float] = {}
+    few = problem.out_channels <= FEW_OUT
+    fewer, found = min(problem.channels, problem.out_channels), dict[str, float]()
     for form, table in (_RATES_3D if frames > 1 else _RATES_2D).items():
-        if form == "taps" and (problem.channels < FEWEST_CHANNELS or problem.out_channels < FEWEST_OUT):
+        if problem.channels < FEWEST_CHANNELS and (few or form == "taps"):
             continue
         name = "frames" if form == "channels_last" and problem.ndim == 3 and frames == 1 else form
-        found[name] = 1e3 * problem.flops / (interpolate(table, fewer) * busy(problem, device.units))
+        if not few:
+            found[name] = 1e3 * problem.flops / (interpolate(table, fewer) * busy(problem, device.units))
+        elif form in _RATES_FEW_OUT:
+            found[name] = 1e3 * problem.flops * FEW_OUT / problem.out_channels / _RATES_FEW_OUT[form]
     return found
 
 

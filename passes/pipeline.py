@@ -22,6 +22,7 @@ from pvae.passes.conv_taps import CONV_TAPS
 from pvae.passes.drop_zero_taps import DROP_ZERO_TAPS
 from pvae.passes.fold_pad import FOLD_PAD
 from pvae.passes.fold_upsample import FOLD_UPSAMPLE
+from pvae.passes.fuse_conv_norm import FUSE_CONV_NORM
 from pvae.passes.fuse_modulation import FUSE_MODULATION, FUSE_RESIDUAL_GATE
 from pvae.passes.fuse_norm_act import FUSE_NORM_ACT
 from pvae.passes.main_rank import INLINE_MAIN_RANK, MAIN_RANK
@@ -50,6 +51,7 @@ PASSES: tuple[Pass, ...] = (
     CONV3D_UNFOLD,  # the form of each convolution
     CHANNELS_LAST,  # last: the layout of what is left as a convolution
     FUSE_NORM_ACT,  # after the layouts: its kernels are for channels-last activations
+    FUSE_CONV_NORM,  # once convolutions and norms are kernels of ours
 )
 BY_NAME: Mapping[str, Pass] = {p.name: p for p in PASSES}
 _ITEM = re.compile(r"([A-Za-z0-9_]+)(?:\{([^}]*)\})?")

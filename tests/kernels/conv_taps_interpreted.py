@@ -77,7 +77,7 @@ VIDEO = Case((1, 16, 2, 2, 3), 8, (3, 1, 1), padding=(0, 0, 0, 0, 0, 0), before=
 @pytest.mark.parametrize("channels", [16, 9])
 def test_frames_before_x_wherever_they_lie(channels: int, before: int, layout: str) -> None:
     front = max(0, 2 - before)
-    padding = (front, 0, 0, 0, 0, 0)
+    padding = (front, 1, 0, 0, 0, 0)  # a frame behind as well: what lies there in memory is NaN
     check(replace(VIDEO, x=(1, channels, *VIDEO.x[2:]), before=before, padding=padding, layout=layout))
 
 
@@ -93,6 +93,18 @@ def test_one_frame_before_one_frame() -> None:
 @depth(15)
 def test_enlarged(launch: tuple[Case, Config | None]) -> None:
     check(*launch)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((2, 8, 5, 7), 20, (3, 3), stride=(2, 2), padding=(1, 2, 0, 1)),
+        Case((1, 8, 5, 6), 20, (3, 3), dilation=(2, 1), padding=(2, 2, 1, 1), layout="gaps"),
+        Case((1, 8, 3, 5), 20, (2, 2), upsample=True, layout="gaps"),
+    ],
+)
+def test_many_tiles_in_every_direction(case: Case) -> None:
+    check(case, Config(2, 2, 16, 0, 16, 4, 2))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

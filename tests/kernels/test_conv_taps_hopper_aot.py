@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from pvae.kernels import conv_taps_launch as launch  # noqa: E402
 from pvae.kernels.conv_taps_config import SHARED_BYTES, Config, Work, hopper_configs  # noqa: E402
 from tests.kernels.conv_taps_cases import Case  # noqa: E402
+from tests.kernels.conv_taps_norm_cases import NormCase  # noqa: E402
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing")
 
@@ -48,7 +50,9 @@ USES: dict[str, tuple[Case, Config, bool]] = {
 }
 
 
-def plan_of(case: Case, config: Config, monkeypatch: pytest.MonkeyPatch) -> launch.HopperPlan:
+def plan_of(
+    case: Case, config: Config, monkeypatch: pytest.MonkeyPatch, norm: launch.NormCall | None = None
+) -> launch.HopperPlan:
     monkeypatch.setattr(launch, "_processors", lambda device: 132)
     monkeypatch.setattr(launch, "is_hopper", lambda device: True)
     operands = [
@@ -64,12 +68,13 @@ def plan_of(case: Case, config: Config, monkeypatch: pytest.MonkeyPatch) -> laun
     memory = [None if t is None else launch.Memory(t.shape, t.stride(), t.dtype, t.device) for t in operands]
     stride, padding, dilation, upsample, activation = case.rest
     rest = (tuple(stride), tuple(padding), tuple(dilation), upsample, activation, tuple(config.numbers()), True, True)
-    plan = launch.make_plan(launch.Call(*memory, *rest), case.out_shape())
+    call = launch.Call(*memory, *rest, norm)
+    plan = (launch.make_norm_plan if norm else launch.make_plan)(call, case.out_shape())
     assert isinstance(plan, launch.HopperPlan)
     return plan
 
 
-def compiled(case: Case, plan: launch.HopperPlan) -> Any:
+def compiled(case: Case, plan: launch.HopperPlan, norm: launch.NormCall | None = None) -> Any:
     """What `plan.launch` would have Triton compile for sm_90."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -79,6 +84,7 @@ def compiled(case: Case, plan: launch.HopperPlan) -> Any:
     blocks = [d and d[2] for d in plan.descriptors]
     types = [b and f"tensordesc<{name}{b},{launch._shared_layout(tuple(b), case.dtype)!r}>" for b in blocks]
     types += [f"*{name}" if given else None for given in (case.bias, case.residual, plan.stores)]
+    types += [f"*{name}" if given else None for given in (norm[:2] if norm else (None, None))]
     types += ["i32"] * len(plan.integers)
     values = [None] * len(types) + list(plan.constexprs)
     types += [None] * len(plan.constexprs)
@@ -110,6 +116,44 @@ def test_compiles_to_what_it_is_meant_to(use: str, tmp_path: Path, monkeypatch: 
     said = assembler(ptx, tmp_path)
     assert "serializ" not in said, said
     assert not [int(n) for n in re.findall(r"(\d+) bytes spill", said) if int(n)], said
+
+
+# With a norm: the case, its config, and how many words may be spilled, none of them in the loop over steps.
+NORMS: dict[str, tuple[NormCase, Config, int]] = {
+    "96": (NormCase(replace(USES["96"][0], activation="none", residual=False)), Config(6, 64, 64, 32, 32, 9, 4), 0),
+    "96 kept": (
+        NormCase(replace(USES["96"][0], activation="none"), keep=True, tail=2),
+        Config(6, 64, 64, 32, 32, 9, 4),
+        32,
+    ),
+    "192 kept": (
+        NormCase(replace(USES["192"][0], residual=True), "rms", "relu", keep=True, tail=2, vectors=(True, True)),
+        Config(4, 64, 128, 64, 32, 9, 2),
+        128,
+    ),
+    "enlarged": (
+        NormCase(replace(USES["enlarged"][0], activation="none"), tail=1),
+        Config(6, 64, 64, 32, 32, 9, 4),
+        32,
+    ),
+}
+
+
+@pytest.mark.parametrize("use", NORMS)
+def test_a_norm_costs_the_loop_nothing(use: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, config, words = NORMS[use]
+    plan = plan_of(case.conv, config, monkeypatch, case.call())
+    kernel = compiled(case.conv, plan, case.call())
+    ptx = kernel.asm["ptx"]
+    assert kernel.metadata.shared <= SHARED_BYTES
+    # Of each group, product and block of columns: y, z and the tail, as they are asked for.
+    stores = 1 + case.keep + (case.tail > 0)
+    columns = 2 if config.columns1 else 1
+    assert len(re.findall(r"cp\.async\.bulk\.tensor\.5d\.global", ptx)) == 2 * config.rows * columns * stores
+    said = assembler(ptx, tmp_path)
+    assert "serializ" not in said, said
+    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", said)]
+    assert spilled and max(spilled) <= 4 * words, said
 
 
 def assembler(ptx: str, folder: Path) -> str:

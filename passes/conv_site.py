@@ -1,0 +1,95 @@
+"""What stands around a convolution and can be computed with it: a zero pad and a causal cache in front, a sum behind.
+
+    silu(conv(pad(cat([cache, x], 2)), w, b) + r)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from pvae.passes.ir import ConvNode, PadNode, aten, known, value
+
+Pads = tuple[tuple[int, int], ...]  # (front, back) of each spatial dimension, the first one first
+ACTIVATIONS = {aten.silu.default: "silu", aten.relu.default: "relu"}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A convolution and what is absorbed: what it reads, in front of that, its padding, and what follows."""
+
+    conv: ConvNode
+    x: Node
+    before: Node | None
+    padding: Pads
+    last: Node  # the node that is replaced
+    residual: Node | None
+    activation: str
+
+
+def site_of(conv: ConvNode) -> Site:
+    """What `conv_taps` can take in from around `conv`."""
+    x, before, padding = front_of(conv)
+    last: Node = conv.node
+    residual, activation = None, "none"
+    user = _only_user(last)
+    if user is not None and user.target is aten.add.Tensor and user.kwargs.get("alpha", 1) == 1:
+        other = user.args[1] if user.args[0] is last else user.args[0]
+        if isinstance(other, Node) and other is not last and _alike(other, last) and _alike(user, last):
+            last, residual = user, other
+            user = _only_user(last)
+    if user is not None and user.target in ACTIVATIONS and _alike(user, last):
+        last, activation = user, ACTIVATIONS[user.target]
+    return Site(conv, x, before, padding, last, residual, activation)
+
+
+def front_of(conv: ConvNode) -> tuple[Node, Node | None, Pads]:
+    """What the convolution reads behind a zero pad and a causal cache: x, the cache, and all its padding."""
+    x, pads = conv.x, conv.padding
+    pad = PadNode.of(x)
+    if pad is not None and zero_pad(pad, conv.ndim):
+        x = pad.x
+        outer = [pad.along(conv.ndim - 1 - dim) for dim in range(conv.ndim)]
+        pads = tuple((a + front, b + back) for (a, b), (front, back) in zip(outer, pads, strict=True))
+    return *_joined(x), pads
+
+
+def zero_pad(pad: PadNode, spatial: int) -> bool:
+    """Whether a convolution of so many spatial dimensions may take over the pad: zeros, and none of them elsewhere."""
+    inner, outer = pad.pads[:spatial], pad.pads[spatial:]
+    return (
+        pad.mode == "constant"
+        and pad.fill == 0.0
+        and all(w >= 0 for pair in inner for w in pair)
+        and all(pair == (0, 0) for pair in outer)
+    )
+
+
+def _joined(x: Node) -> tuple[Node, Node | None]:
+    """(x, cache) of `cat([cache, x], 2)` of one video, else (x, None)."""
+    if x.target is not aten.cat.default or value(x).dim() != 5 or not known(value(x).shape[0] == 1):
+        return x, None
+    parts, dim = x.args[0], x.args[1] if len(x.args) > 1 else x.kwargs.get("dim", 0)
+    if not isinstance(parts, (list, tuple)) or len(parts) != 2 or dim not in (2, -3):
+        return x, None
+    cache, rest = parts
+    assert isinstance(cache, Node) and isinstance(rest, Node)
+    if cache is rest or value(cache).dtype != value(rest).dtype:
+        return x, None
+    # `cat` leaves out what is empty, of one dimension or more.
+    videos = value(cache).dim() == value(rest).dim() == 5
+    return (rest, cache) if videos and known(value(cache).shape[2] > 0) else (x, None)
+
+
+def _only_user(node: Node) -> Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _alike(a: Node, b: Node) -> bool:
+    """Whether two tensors have the same dtype, device and sizes."""
+    x, y = value(a), value(b)
+    if not isinstance(x, torch.Tensor) or x.dtype != y.dtype or x.device != y.device or x.dim() != y.dim():
+        return False
+    return all(known(p == q) for p, q in zip(x.shape, y.shape, strict=True))
