@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pvae.kernels.norm_op import functional_op
+
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -16,15 +18,14 @@ def is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=FORMATS[x.dim()])
 
 
-@torch.library.custom_op("pvae::channels_last", mutates_args=())
+def _relaid(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=FORMATS[x.dim()])
+
+
+@functional_op(_relaid)
 def channels_last(x: Tensor) -> Tensor:
     """x [N, C, *spatial] of 2 or 3 spatial dimensions -> a copy of x in channels_last or channels_last_3d order."""
     return x.clone(memory_format=FORMATS[x.dim()])
 
 
-@channels_last.register_fake
-def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=FORMATS[x.dim()])
-
-
-OP = torch.ops.pvae.channels_last.default
+OP = channels_last

@@ -11,18 +11,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pvae.kernels.norm_op import functional_op
 
-@torch.library.custom_op("pvae::compact", mutates_args=())
+
+def _dense(x: Tensor, order: Sequence[int]) -> Tensor:
+    inverse = [order.index(d) for d in range(x.dim())]
+    return x.new_empty([x.shape[d] for d in order]).permute(inverse)
+
+
+@functional_op(_dense)
 def compact(x: Tensor, order: Sequence[int]) -> Tensor:
     """x of any shape -> the same values, dense, with dimensions in memory `order` (outermost first)."""
     inverse = [order.index(d) for d in range(x.dim())]
     return x.permute(order).clone(memory_format=torch.contiguous_format).permute(inverse)
 
 
-@compact.register_fake
-def _(x: Tensor, order: Sequence[int]) -> Tensor:
-    inverse = [order.index(d) for d in range(x.dim())]
-    return x.new_empty([x.shape[d] for d in order]).permute(inverse)
-
-
-OP = torch.ops.pvae.compact.default
+OP = compact

@@ -1,6 +1,6 @@
 """`pvae::conv_taps`: a convolution on channels-last activations as shifted matrix products, one a tap.
 
-    y = activation(conv(cat(before, x), weight) + bias + residual)
+    y = activation(conv(cat(before, x, after), weight) + bias + residual)
 
 No padded copy, no im2col, no concatenation with a causal cache: each is arithmetic on the addresses that a patch is loaded
 from (conv_taps_kernel.py). Weights are a convolution's own in channels_last order, so nothing is prepared but their layout.
@@ -23,21 +23,11 @@ from torch.nn import functional
 
 from pvae.kernels.channels_last import FORMATS
 from pvae.kernels.conv_taps_config import Config, candidate_configs, default_config
-from pvae.kernels.channel_norm_layout import Border, Operands
-from pvae.kernels.channel_norm_layout import check as check_operands
-from pvae.kernels.channel_norm_reference import Norm
-from pvae.kernels.conv_taps_launch import (
-    ACTIVATIONS,
-    FLOATS,
-    Call,
-    Memory,
-    Plan,
-    make_norm_plan,
-    make_plan,
-    on_device,
-)
+from pvae.kernels.conv_taps_launch import FLOATS, Call, Memory, Plan, make_plan, on_device
 from pvae.kernels.norm_launch import device_refusal
 from pvae.kernels.norm_op import functional_op
+
+ACTIVATIONS = ("none", "silu", "relu")
 
 
 def supports(x: Tensor, weight: Tensor, groups: int = 1) -> str | None:
@@ -75,11 +65,13 @@ def out_shape(
     padding: Sequence[int],
     dilation: Sequence[int],
     upsample: bool,
+    after: Tensor | None = None,
 ) -> list[int]:
     """[N, O, (T',) H', W']."""
     sizes = list(x.shape[2:])
-    if before is not None:
-        sizes[0] = sizes[0] + before.shape[2]
+    for more in (before, after):
+        if more is not None:
+            sizes[0] = sizes[0] + more.shape[2]
     kernel, out = weight.shape[2:], weight.shape[0] // 4 if upsample else weight.shape[0]
     spatial = [
         (size + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
@@ -93,6 +85,7 @@ def out_shape(
 def _check(
     x: Tensor, before: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
     stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], upsample: bool, activation: str,
+    after: Tensor | None,
 ) -> None:  # fmt: skip
     """The kernel reads by these sizes: one that is wrong would be memory of another tensor."""
     spatial = x.dim() - 2
@@ -106,16 +99,15 @@ def _check(
         )
     if activation not in ACTIVATIONS:
         raise ValueError(f"conv_taps: activation {activation!r} is none of {', '.join(ACTIVATIONS)}")
-    if before is not None and x.dim() != 5:
-        raise ValueError("conv_taps: frames before x, but x has no time dimension")
-    if before is not None and (
-        (before.dim(), before.dtype) != (5, x.dtype)
-        or before.shape[:2] != x.shape[:2]
-        or before.shape[3:] != x.shape[3:]
-    ):
-        raise ValueError(
-            f"conv_taps: before {list(before.shape)} of {before.dtype} does not go with x {list(x.shape)} of {x.dtype}"
-        )
+    for name, more in (("before", before), ("after", after)):
+        if more is not None and x.dim() != 5:
+            raise ValueError(f"conv_taps: frames {name} x, but x has no time dimension")
+        if more is not None and (
+            (more.dim(), more.dtype) != (5, x.dtype) or more.shape[:2] != x.shape[:2] or more.shape[3:] != x.shape[3:]
+        ):
+            raise ValueError(
+                f"conv_taps: {name} {list(more.shape)} of {more.dtype} does not go with x {list(x.shape)} of {x.dtype}"
+            )
     if min(padding) < 0:
         raise ValueError(f"conv_taps: padding {list(padding)} is negative")
     if upsample:
@@ -130,7 +122,7 @@ def _check(
             raise ValueError(
                 "conv_taps: upsample takes a phase weight [4*O, C, ..., 2, 2], stride 1, and padding 1 in H and W"
             )
-    shape = out_shape(x, before, weight, stride, padding, dilation, upsample)
+    shape = out_shape(x, before, weight, stride, padding, dilation, upsample, after)
     if bias is not None and list(bias.shape) != shape[1:2]:
         raise ValueError(f"conv_taps: bias {list(bias.shape)} is not [{shape[1]}]")
     if residual is not None and list(residual.shape) != shape:
@@ -139,7 +131,7 @@ def _check(
 
 @dataclass(frozen=True)
 class Ready:
-    """What is known of calls of one kind: how the result lies, why no kernel runs, or else the plan, if any is needed."""
+    """What is known of calls of one kind: how the result lies, why the reference runs, or else the plan, if any is needed."""
 
     shape: list[int]
     strides: tuple[int, ...]
@@ -148,32 +140,16 @@ class Ready:
 
 
 @functools.lru_cache(maxsize=4096)
-def ready_for(call: Call) -> Ready:
-    """Of calls of this kind, what each of them would have to find out. Raises ValueError where arguments do not fit."""
-    x, before, weight, bias, residual = (None if m is None else m.tensor() for m in call[:5])
+def _ready(call: Call) -> Ready:
+    x, before, weight, bias, residual, after = (None if m is None else m.tensor() for m in (*call[:5], call.after))
     assert x is not None and weight is not None
-    _check(x, before, weight, bias, residual, call.stride, call.padding, call.dilation, call.upsample, call.activation)
-    shape = out_shape(x, before, weight, call.stride, call.padding, call.dilation, call.upsample)
+    options = (call.stride, call.padding, call.dilation, call.upsample)
+    _check(x, before, weight, bias, residual, *options, call.activation, after)
+    shape = out_shape(x, before, weight, *options, after)
     y = torch.empty(shape, device="meta", memory_format=FORMATS[x.dim()])
     refused = supports(x, weight) or _refusal(x.dtype, call.x.device.type, call.tf32)
-    plan: Plan | str | None = None
-    if call.norm is not None:
-        _check_norm(call, y)
-    if refused is None and y.numel():
-        plan = make_plan(call, shape) if call.norm is None else make_norm_plan(call, shape)
-    if isinstance(plan, str):
-        refused, plan = plan, None
+    plan = make_plan(call, shape) if refused is None and y.numel() else None
     return Ready(shape, y.stride(), refused, plan)
-
-
-def _check_norm(call: Call, y: Tensor) -> None:
-    norm = call.norm
-    assert norm is not None
-    operands = Operands(y, *(None if m is None else m.tensor() for m in norm[:2]))
-    check_operands(operands)
-    Norm(norm.kind, norm.eps, norm.activation, norm.factor).check(operands, Border())
-    if not 0 <= norm.tail <= (y.shape[2] if y.dim() == 5 else 0):
-        raise ValueError(f"conv_taps_norm: the last {norm.tail} frames of a result {list(y.shape)}")
 
 
 def _fake(
@@ -184,9 +160,10 @@ def _fake(
     padding: Sequence[int],
     dilation: Sequence[int],
     upsample: bool,
+    after: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
-    n, out, *spatial = out_shape(x, before, weight, stride, padding, dilation, upsample)
+    n, out, *spatial = out_shape(x, before, weight, stride, padding, dilation, upsample, after)
     return x.new_empty([n, *spatial, out]).movedim(-1, 1)
 
 
@@ -203,11 +180,12 @@ def conv_taps(
     upsample: bool,
     activation: str,
     config: Sequence[int],
+    after: Tensor | None = None,
 ) -> Tensor:
     """x [N, C, (T,) H, W], weight [O, C, (kt,) kh, kw] -> [N, O, (T',) H', W'] in channels_last(_3d), of x's dtype.
 
     Args:
-        before: [N, C, Tb, H, W], frames in front of x.
+        before, after: [N, C, Tb, H, W], frames in front of x and behind it.
         bias: [O]; residual: as the result. Both are added in fp32.
         stride, dilation: one for each spatial dimension; padding: (front, back) for each, zeros.
         upsample: see above; then weight is [4*O, C, (kt,) 2, 2], and H' and W' are twice H and W.
@@ -217,16 +195,17 @@ def conv_taps(
     Fast if x is channels_last already; else it is copied so. fp32 multiplies in tf32 where torch's convolutions may.
     Raises ValueError where the arguments do not go together.
     """
-    tensors = (x, before, weight, bias, residual)
+    tensors = (x, before, weight, bias, residual, after)
+    read: Any = [None if t is None else Memory(t.shape, t.stride(), t.dtype, t.device) for t in tensors]
     call = Call(
-        *[None if t is None else Memory(t.shape, t.stride(), t.dtype, t.device) for t in tensors],
+        read[0], read[1], read[2], read[3], read[4],
         tuple(stride), tuple(padding), tuple(dilation), upsample, activation, tuple(config),
         not any(t is not None and t.data_ptr() % 16 for t in tensors),
-        x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32,
+        x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32, read[5],
     )  # fmt: skip
-    ready = ready_for(call)
+    ready = _ready(call)
     if ready.refused is not None:
-        y = reference(x, before, weight, bias, residual, stride, padding, dilation, upsample, activation)
+        y = reference(x, before, weight, bias, residual, stride, padding, dilation, upsample, activation, after)
         return y.clone(memory_format=FORMATS[x.dim()])
     y = torch.empty_strided(ready.shape, ready.strides, dtype=x.dtype, device=x.device)
     if ready.plan is not None:
@@ -248,10 +227,11 @@ def reference(
     dilation: Sequence[int],
     upsample: bool,
     activation: str,
+    after: Tensor | None = None,
 ) -> Tensor:
     """The semantics, in torch's own ops."""
-    if before is not None:
-        x = torch.cat([before, x], 2)
+    if before is not None or after is not None:
+        x = torch.cat([t for t in (before, x, after) if t is not None], 2)
     convolve = functional.conv2d if x.dim() == 4 else functional.conv3d
 
     def conv(weight: Tensor, padding: Sequence[int]) -> Tensor:
@@ -271,14 +251,12 @@ def reference(
 
 
 __all__ = [
-    "ACTIVATIONS",
     "OP",
     "Config",
     "candidate_configs",
     "conv_taps",
     "default_config",
     "out_shape",
-    "ready_for",
     "reference",
     "refusal",
     "supports",

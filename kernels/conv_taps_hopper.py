@@ -8,9 +8,12 @@ A tap further down in height is only the next fragment. So a fragment is read on
 leave room, and multiplied with all KH taps, each into the accumulator of the output row that it belongs to: an input row is
 fetched KT * KW times and not KT * KH * KW times. With 96 channels that is the difference between waiting for L2 and not.
 
-Borders are what TMA fills with zeros. Frames before x are a second descriptor. Results go out by TMA, which clips them.
-The sum of an output is taken in one order whatever the other warps do: results are the same bits at every launch.
+Borders are what TMA fills with zeros. Frames before and behind x have descriptors of their own. Results go out by TMA,
+which clips them. The sum of an output is taken in one order whatever the other warps do: results are the same bits at
+every launch.
 """
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disable-error-code=assignment
 
 from __future__ import annotations
 
@@ -80,8 +83,8 @@ def _put(items, index: gl.constexpr, value):
 
 @gluon.jit
 def _load(
-    x, before, weight0, weight1, a_smem, b0_smem, b1_smem, full, empty,
-    tiles, blocks_n, frames, t_out, t_in, before_frames, w_out, out_channels, channels,
+    x, before, after, weight0, weight1, a_smem, b0_smem, b1_smem, full, empty,
+    tiles, blocks_n, frames, t_out, t_in, before_frames, after_frames, w_out, out_channels, channels,
     kt, kw, stride_t, dilation_t, dilation_w, pad_t, pad_h, pad_w,
     KH: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr, BN0: gl.constexpr, BN1: gl.constexpr, BK: gl.constexpr,
     STAGES: gl.constexpr, UPSAMPLE: gl.constexpr,
@@ -97,7 +100,7 @@ def _load(
         column, corner, frame, h0, w0 = _tile(tile, blocks_n, frames, w_out, HEIGHT, WIDTH, UPSAMPLE)
         n = frame // t_out
         t = frame % t_out
-        first, last = _taps(t, kt, stride_t, dilation_t, pad_t, before_frames + t_in)
+        first, last = _taps(t, kt, stride_t, dilation_t, pad_t, before_frames + t_in + after_frames)
         h = h0 - pad_h + corner // 2
         row = corner * out_channels + column * (BN0 + BN1)
         for dt in range(first, last):
@@ -114,6 +117,12 @@ def _load(
                             tma.async_copy_global_to_shared(
                                 before, [n, f, h + s * ROWS_APART, w, c], bar, a_smem.index(stage * FRAGMENTS + s)
                             )
+                    elif f >= before_frames + t_in:
+                        for s in range(FRAGMENTS):
+                            tma.async_copy_global_to_shared(
+                                after, [n, f - before_frames - t_in, h + s * ROWS_APART, w, c], bar,
+                                a_smem.index(stage * FRAGMENTS + s),
+                            )  # fmt: skip
                     else:
                         for s in range(FRAGMENTS):
                             tma.async_copy_global_to_shared(
@@ -137,7 +146,7 @@ def _finish(
     acc, bias, residual, y, y_smem, frame, h0, w0, corner, first, h_out, w_out, channels,
     WIDTH: gl.constexpr, UPSAMPLE: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
-    """One product's columns with bias, residual and activation, put into shared memory, or where they belong, if told."""
+    """Bias, residual, activation and cast of one product's columns, into shared memory, or to where they belong."""
     layout: gl.constexpr = acc.type.layout
     BN: gl.constexpr = acc.shape[1]
     position = gl.arange(0, M, layout=gl.SliceLayout(1, layout))
@@ -145,7 +154,7 @@ def _finish(
     inside = cols < channels
     if bias is not None:
         acc += gl.load(bias + cols, mask=inside, other=0.0).to(gl.float32)[None, :]
-    if (residual is not None) or (y is not None):
+    if (residual is not None) or (y_smem is None):
         h = h0 + position // WIDTH
         w = w0 + position % WIDTH
         mask = ((h < h_out) & (w < w_out))[:, None] & inside[None, :]
@@ -163,60 +172,19 @@ def _finish(
         acc = acc / (1.0 + gl.exp(-acc))
     if ACTIVATION == "relu":
         acc = gl.maximum(acc, 0.0)
-    if y is not None:
+    if y_smem is None:
         gl.store(y + where, acc.to(y.dtype.element_ty), mask=mask)
-    if y_smem is not None:
-        y_smem.store(acc.to(y_smem.dtype).reshape(y_smem.shape))
-    return acc
-
-
-@gluon.jit
-def _scaled(value, row, weight, bias, z_smem, first: gl.constexpr, ACTIVATION: gl.constexpr):
-    """One product's columns times their row's factor, the norm's weight and bias and activation, into shared memory."""
-    layout: gl.constexpr = value.type.layout
-    cols = first + gl.arange(0, value.shape[1], layout=gl.SliceLayout(0, layout))
-    value *= gl.convert_layout(row, gl.SliceLayout(1, layout), assert_trivial=True)[:, None]
-    if weight is not None:
-        value *= gl.load(weight + cols).to(gl.float32)[None, :]
-    if bias is not None:
-        value += gl.load(bias + cols).to(gl.float32)[None, :]
-    if ACTIVATION == "silu":
-        value = value / (1.0 + gl.exp(-value))
-    if ACTIVATION == "relu":
-        value = gl.where(value < 0.0, 0.0, value)  # NaN stays
-    z_smem.store(value.to(z_smem.dtype).reshape(z_smem.shape))
-
-
-@gluon.jit
-def _normalise(
-    value0, value1, weight, bias, smem0, smem1,
-    NORM: gl.constexpr, EPS: gl.constexpr, FACTOR: gl.constexpr, ACTIVATION: gl.constexpr,
-):  # fmt: skip
-    """As channel_norm_kernel.py, of one product's values rounded as y is: from both blocks of columns, all channels."""
-    value0 = value0.to(smem0.dtype).to(gl.float32)
-    total = gl.sum(value0 * value0, 1)
-    channels: gl.constexpr = value0.shape[1] + (value1.shape[1] if value1 is not None else 0)
-    if value1 is not None:
-        value1 = value1.to(smem0.dtype).to(gl.float32)
-        total += gl.convert_layout(gl.sum(value1 * value1, 1), total.type.layout, assert_trivial=True)
-    if NORM == "l2":
-        row = gl.div_rn(gl.full_like(total, FACTOR), gl.maximum(gl.sqrt_rn(total), EPS))
     else:
-        row = gl.div_rn(gl.full_like(total, FACTOR), gl.sqrt_rn(total / channels + EPS))
-    _scaled(value0, row, weight, bias, smem0, 0, ACTIVATION)
-    if value1 is not None:
-        _scaled(value1, row, weight, bias, smem1, value0.shape[1], ACTIVATION)
+        y_smem.store(acc.to(y_smem.dtype).reshape(y_smem.shape))
 
 
 @gluon.jit
 def _multiply(
     group: gl.constexpr, a_smem, b0_smem, b1_smem, full, empty, bias, residual, y, y0, y1, y0_smem, y1_smem,
-    norm_weight, norm_bias, z0, z1, tail0, tail1,
-    tiles, blocks_n, frames, t_out, t_in, before_frames, h_out, w_out, out_channels, channels,
+    tiles, blocks_n, frames, t_out, t_in, before_frames, after_frames, h_out, w_out, out_channels, channels,
     kt, kw, stride_t, dilation_t, pad_t,
     KH: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr, BN0: gl.constexpr, BN1: gl.constexpr, BK: gl.constexpr,
     STAGES: gl.constexpr, UPSAMPLE: gl.constexpr, ACTIVATION: gl.constexpr,
-    NORM: gl.constexpr, EPS: gl.constexpr, FACTOR: gl.constexpr, NORM_ACTIVATION: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
     """One of the groups that multiply: ROWS products of every tile."""
     ROWS_OF_PRODUCT: gl.constexpr = M // WIDTH
@@ -234,7 +202,7 @@ def _multiply(
     phase = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         column, corner, frame, h0, w0 = _tile(tile, blocks_n, frames, w_out, HEIGHT, WIDTH, UPSAMPLE)
-        first, last = _taps(frame % t_out, kt, stride_t, dilation_t, pad_t, before_frames + t_in)
+        first, last = _taps(frame % t_out, kt, stride_t, dilation_t, pad_t, before_frames + t_in + after_frames)
         acc0 = ()
         acc1 = ()
         for _ in gl.static_range(ROWS):
@@ -282,44 +250,7 @@ def _multiply(
         col = column * (BN0 + BN1)
         for i in gl.static_range(ROWS):
             h = h0 + (group * ROWS + i) * ROWS_OF_PRODUCT
-            if NORM != "none":
-                at = (corner % 2) * out_channels
-                smem0 = y0_smem.index(group)
-                smem1 = smem0
-                if BN1 > 0:
-                    smem1 = y1_smem.index(group)
-                tma.store_wait(0)
-                value0 = _finish(
-                    acc0[i], bias, residual, None, smem0 if y0 is not None else None, frame, h, w0, corner, 0, h_out, w_out,
-                    out_channels, WIDTH, UPSAMPLE, ACTIVATION,
-                )  # fmt: skip
-                value1 = None
-                if BN1 > 0:
-                    value1 = _finish(
-                        acc1[i], bias, residual, None, smem1 if y0 is not None else None, frame, h, w0, corner, BN0, h_out,
-                        w_out, out_channels, WIDTH, UPSAMPLE, ACTIVATION,
-                    )  # fmt: skip
-                if y0 is not None:
-                    fence_async_shared()
-                    tma.async_copy_shared_to_global(y0, [frame, h, corner // 2, w0, at], smem0)
-                    if BN1 > 0:
-                        tma.async_copy_shared_to_global(y1, [frame, h, corner // 2, w0, at + BN0], smem1)
-                    tma.store_wait(0)
-                _normalise(
-                    value0, value1, norm_weight, norm_bias, smem0, smem1, NORM, EPS, FACTOR, NORM_ACTIVATION
-                )
-                fence_async_shared()
-                tma.async_copy_shared_to_global(z0, [frame, h, corner // 2, w0, at], smem0)
-                if BN1 > 0:
-                    tma.async_copy_shared_to_global(z1, [frame, h, corner // 2, w0, at + BN0], smem1)
-                if TAIL > 0:
-                    late = frame % t_out - (t_out - TAIL)
-                    if late >= 0:
-                        kept = frame // t_out * TAIL + late
-                        tma.async_copy_shared_to_global(tail0, [kept, h, corner // 2, w0, at], smem0)
-                        if BN1 > 0:
-                            tma.async_copy_shared_to_global(tail1, [kept, h, corner // 2, w0, at + BN0], smem1)
-            elif y0 is None:
+            if y0 is None:
                 _finish(
                     acc0[i], bias, residual, y, None, frame, h, w0, corner, col, h_out, w_out, out_channels,
                     WIDTH, UPSAMPLE, ACTIVATION,
@@ -346,38 +277,34 @@ def _multiply(
                 tma.async_copy_shared_to_global(y0, [frame, h, corner // 2, w0, at], y0_smem.index(group))
                 if BN1 > 0:
                     tma.async_copy_shared_to_global(y1, [frame, h, corner // 2, w0, at + BN0], y1_smem.index(group))
-    if y0 is not None or NORM != "none":
+    if y0 is not None:
         tma.store_wait(0)
 
 
 @gluon.jit(
     do_not_specialize=[
-        "tiles", "blocks_n", "frames", "t_out", "t_in", "before_frames", "h_out", "w_out", "out_units", "channels",
-        "kt", "kw", "stride_t", "dilation_t", "dilation_w", "pad_t", "pad_h", "pad_w",
+        "tiles", "blocks_n", "frames", "t_out", "t_in", "before_frames", "after_frames", "h_out", "w_out", "out_units",
+        "channels", "kt", "kw", "stride_t", "dilation_t", "dilation_w", "pad_t", "pad_h", "pad_w",
     ]
 )  # fmt: skip
 def conv_taps_hopper(
     x,
     before,
+    after,
     weight0,
     weight1,
     y0,
     y1,
-    z0,
-    z1,
-    tail0,
-    tail1,
     bias,
     residual,
     y,
-    norm_weight,
-    norm_bias,
     tiles,
     blocks_n,
     frames,
     t_out,
     t_in,
     before_frames,
+    after_frames,
     h_out,
     w_out,
     out_units,
@@ -400,21 +327,15 @@ def conv_taps_hopper(
     OUT_UNIT: gl.constexpr,
     UPSAMPLE: gl.constexpr,
     ACTIVATION: gl.constexpr,
-    NORM: gl.constexpr,
-    EPS: gl.constexpr,
-    FACTOR: gl.constexpr,
-    NORM_ACTIVATION: gl.constexpr,
-    TAIL: gl.constexpr,
 ):
     """As `conv_taps_kernel`, for stride 1 in H and W and dilation 1 in H. Descriptors:
 
-    x, before     [N, T, H, W, C], a block is a fragment: [1, 1, 64 / WIDTH, WIDTH, BK]; `before` is x where there is none
+    x, before, after  [N, T, H, W, C], a block is a fragment: [1, 1, 64 / WIDTH, WIDTH, BK]; the last two are x where
+                      there are none
     weight0/1     [taps, O or 4 * O, C], blocks [1, BN0 or BN1, BK]; `weight1` is None without BN1
     y0/1          [N * T', H, P, W, P * O] with P of 2 if UPSAMPLE and else 1, blocks of one product; None: stored at `y`
-    z0/1          as y0/1: where y, of which the program then has all channels, goes normalised; y0/1 of None: only so
-    tail0/1       as z0/1, of TAIL frames of each sample: the last ones once more
 
-    NORM is "none", "rms" or "l2" with EPS, FACTOR and NORM_ACTIVATION, as of `channel_norm_act`. Tiles are `frames` = N * T' by rows by columns; out_channels = out_units * OUT_UNIT. ROWS: products of a group.
+    Tiles are `frames` = N * T' by rows by columns; out_channels = out_units * OUT_UNIT. ROWS: products of a group.
     """
     FRAGMENTS: gl.constexpr = fragments(GROUPS * ROWS, KH, WIDTH)
     HEIGHT: gl.constexpr = M // WIDTH
@@ -426,14 +347,10 @@ def conv_taps_hopper(
     if BN1 > 0:
         b1_smem = gl.allocate_shared_memory(dtype, [STAGES * KH, 1, BN1, BK], weight1.layout)
     y0_smem = b0_smem
-    if z0 is not None:
-        y0_smem = gl.allocate_shared_memory(dtype, [GROUPS, 1, HEIGHT, 1, WIDTH, BN0], z0.layout)
-    elif y0 is not None:
+    if y0 is not None:
         y0_smem = gl.allocate_shared_memory(dtype, [GROUPS, 1, HEIGHT, 1, WIDTH, BN0], y0.layout)
     y1_smem = y0_smem
-    if z1 is not None:
-        y1_smem = gl.allocate_shared_memory(dtype, [GROUPS, 1, HEIGHT, 1, WIDTH, BN1], z1.layout)
-    elif y1 is not None:
+    if y1 is not None:
         y1_smem = gl.allocate_shared_memory(dtype, [GROUPS, 1, HEIGHT, 1, WIDTH, BN1], y1.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -445,23 +362,19 @@ def conv_taps_hopper(
     gl.warp_specialize([
         (_multiply, (
             0, a_smem, b0_smem, b1_smem, full, empty, bias, residual, y, y0, y1, y0_smem, y1_smem,
-            norm_weight, norm_bias, z0, z1, tail0, tail1,
-            tiles, blocks_n, frames, t_out, t_in, before_frames, h_out, w_out, out_channels, channels,
+            tiles, blocks_n, frames, t_out, t_in, before_frames, after_frames, h_out, w_out, out_channels, channels,
             kt, kw, stride_t, dilation_t, pad_t,
             KH, ROWS, WIDTH, BN0, BN1, BK, STAGES, UPSAMPLE, ACTIVATION,
-            NORM, EPS, FACTOR, NORM_ACTIVATION, TAIL,
         )),
         (_multiply, (
             1, a_smem, b0_smem, b1_smem, full, empty, bias, residual, y, y0, y1, y0_smem, y1_smem,
-            norm_weight, norm_bias, z0, z1, tail0, tail1,
-            tiles, blocks_n, frames, t_out, t_in, before_frames, h_out, w_out, out_channels, channels,
+            tiles, blocks_n, frames, t_out, t_in, before_frames, after_frames, h_out, w_out, out_channels, channels,
             kt, kw, stride_t, dilation_t, pad_t,
             KH, ROWS, WIDTH, BN0, BN1, BK, STAGES, UPSAMPLE, ACTIVATION,
-            NORM, EPS, FACTOR, NORM_ACTIVATION, TAIL,
         )),
         (_load, (
-            x, before, weight0, weight1, a_smem, b0_smem, b1_smem, full, empty,
-            tiles, blocks_n, frames, t_out, t_in, before_frames, w_out, out_channels, channels,
+            x, before, after, weight0, weight1, a_smem, b0_smem, b1_smem, full, empty,
+            tiles, blocks_n, frames, t_out, t_in, before_frames, after_frames, w_out, out_channels, channels,
             kt, kw, stride_t, dilation_t, dilation_w, pad_t, pad_h, pad_w,
             KH, ROWS, WIDTH, BN0, BN1, BK, STAGES, UPSAMPLE,
         )),

@@ -11,6 +11,8 @@ Columns are cut in two powers of two, so that 96 or 192 channels waste nothing. 
 interpreter; Hopper has a kernel of its own (conv_taps_hopper.py).
 """
 
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disable-error-code=assignment
+
 from __future__ import annotations
 
 import triton

@@ -18,8 +18,6 @@ from torch import Tensor
 from pvae.kernels.channels_last import FORMATS
 from pvae.kernels.conv_taps_config import Config, Work, default_config, hopper_configs, is_hopper
 
-NORMS = ("rms", "l2")  # that the epilogue of Hopper's kernel takes
-ACTIVATIONS = ("none", "silu", "relu")  # of either kernel
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 DESCRIPTOR_STRIDE = 2**40  # bytes; a TMA descriptor's strides are below it
 
@@ -35,19 +33,6 @@ class Memory(NamedTuple):
     def tensor(self) -> Tensor:
         """One that lies like this, without memory."""
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
-
-
-class NormCall(NamedTuple):
-    """The norm in a convolution's epilogue, as the arguments of `conv_taps_norm`."""
-
-    weight: Memory | None
-    bias: Memory | None
-    kind: str
-    eps: float
-    factor: float
-    activation: str
-    keep: bool
-    tail: int
 
 
 class Call(NamedTuple):
@@ -66,7 +51,7 @@ class Call(NamedTuple):
     config: tuple[int, ...]
     aligned: bool  # all tensors begin at multiples of 16 bytes
     tf32: bool
-    norm: NormCall | None = None
+    after: Memory | None = None
 
 
 class Descriptor:
@@ -196,10 +181,17 @@ class Problem:
 
 
 class Plan:
-    """Launches calls of one kind. Takes the op's tensors and results, which are dense in channels_last(_3d)."""
+    """Launches calls of one kind. Takes the op's tensors and y, which is dense in channels_last(_3d)."""
 
     def launch(
-        self, x: Tensor, before: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor
+        self,
+        x: Tensor,
+        before: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        after: Tensor | None,
+        y: Tensor,
     ) -> None:
         raise NotImplementedError
 
@@ -224,8 +216,17 @@ class TritonPlan(Plan):
         self.warps, self.stages = cut.warps, cut.stages
 
     def launch(
-        self, x: Tensor, before: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor
+        self,
+        x: Tensor,
+        before: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        after: Tensor | None,
+        y: Tensor,
     ) -> None:
+        if after is not None:
+            x = torch.cat([x, after], 2)
         source = _source(_five(x), None if before is None else _five(before))
         weight = weight.contiguous(memory_format=FORMATS[weight.dim()])
         if bias is not None:
@@ -245,8 +246,7 @@ class HopperPlan(Plan):
 
     def __init__(self, problem: Problem, cut: Config) -> None:
         call = problem.call
-        norm = call.norm
-        x, before, weight, bias, residual = (m and m.tensor() for m in call[:5])
+        x, before, weight, bias, residual, after = (m and m.tensor() for m in (*call[:5], call.after))
         assert x is not None and weight is not None
         n, channels, out, size = x.shape[0], x.shape[1], problem.out, x.element_size()
         (kt, kh, kw), frames = problem.kernel, n * problem.frames_out
@@ -256,13 +256,11 @@ class HopperPlan(Plan):
             return t is None or t.is_contiguous(memory_format=FORMATS.get(t.dim(), torch.contiguous_format))
 
         self.has_before = before is not None and before.shape[2] > 0
-        # Of x, before, weight, bias, residual: which are copied first.
+        self.has_after = after is not None and after.shape[2] > 0
+        # Of x, before, weight, bias, residual, after: which are copied first.
         self.copies = [
-            t is not None and (not call.aligned or not (_is_loadable(_five(t)) if i < 2 else is_dense(t)))
-            for i, t in enumerate((x, before, weight, bias, residual))
-        ]
-        self.norm_copies = [
-            m is not None and not (call.aligned and is_dense(m.tensor())) for m in (norm[:2] if norm else (None, None))
+            t is not None and (not call.aligned or not (_is_loadable(_five(t)) if i in (0, 1, 5) else is_dense(t)))
+            for i, t in enumerate((x, before, weight, bias, residual, after))
         ]
 
         def memory(t: Tensor, copied: bool) -> tuple[list[int], list[int]]:
@@ -274,65 +272,58 @@ class HopperPlan(Plan):
         taps, c0, c1 = kt * kh * kw, cut.columns0, cut.columns1
         fragment = [1, 1, height, cut.width, cut.depth]
         earlier = before if self.has_before and before is not None else x
+        later = after if self.has_after and after is not None else x
         row = pixels * w_out * out
-
-        def results(frames: int, wanted: bool) -> list[tuple[list[int], ...] | None]:
-            memory = (
-                [frames, h_out, pixels, w_out, pixels * out],
-                [pixels * h_out * row, pixels * row, row, pixels * out, 1],
-            )
-            blocks = [[1, height, 1, cut.width, c] for c in (c0, c1)]
-            return [(*memory, block) if wanted and block[-1] else None for block in blocks]
-
+        y_memory = (
+            [frames, h_out, pixels, w_out, pixels * out],
+            [pixels * h_out * row, pixels * row, row, pixels * out, 1],
+        )
         weight_memory = [taps, weight.shape[0], channels], [channels, taps * channels, 1]
         # A block of columns would reach into the next pixel's, or a row of them is not of 16 bytes.
         self.stores = out * size % 16 != 0 or (call.upsample and out % (c0 + c1) != 0)
         # In the kernel's order: shape, strides and block.
         self.descriptors = [
             (*memory(x, self.copies[0]), fragment),
-            (*memory(earlier, self.copies[int(self.has_before)]), fragment),
+            (*memory(earlier, self.copies[1 if self.has_before else 0]), fragment),
+            (*memory(later, self.copies[5 if self.has_after else 0]), fragment),
             (*weight_memory, [1, c0, cut.depth]),
             (*weight_memory, [1, c1, cut.depth]) if c1 else None,
-            *results(frames, not self.stores and (norm is None or norm.keep)),
-            *results(frames, norm is not None),
-            *results(n * norm.tail if norm else 0, norm is not None and norm.tail > 0),
+            None if self.stores else (*y_memory, [1, height, 1, cut.width, c0]),
+            None if self.stores or not c1 else (*y_memory, [1, height, 1, cut.width, c1]),
         ]
         blocks_n = -(-out // (c0 + c1))
         tiles = frames * -(-h_out // cut.height) * -(-w_out // cut.width) * blocks_n * (4 if call.upsample else 1)
         unit = math.gcd(out, 8)
         before_frames = earlier.shape[2] if self.has_before else 0
+        after_frames = later.shape[2] if self.has_after else 0
         self.grid = (min(tiles, _processors(call.x.device)), 1, 1)
         self.integers = (
-            tiles, blocks_n, frames, problem.frames_out, _five(x).shape[2], before_frames, h_out, w_out, out // unit,
+            tiles, blocks_n, frames, problem.frames_out, _five(x).shape[2], before_frames, after_frames,
+            h_out, w_out, out // unit,
             channels, kt, kw, problem.stride[0], problem.dilation[0], problem.dilation[2], *problem.padding[::2],
         )  # fmt: skip
         stages = cut.stages_that_fit(kh, size)
         if stages < 2:
             raise ValueError(f"conv_taps: {cut} has no room for two stages of a kernel {kh} rows high: a lower one has")
-        epilogue = ("none", 0.0, 1.0, "none", 0)
-        if norm is not None:
-            epilogue = (norm.kind, norm.eps, norm.factor, norm.activation, norm.tail)
-        self.constexprs = (
-            kh, cut.rows, cut.width, c0, c1, cut.depth, stages, unit, call.upsample, call.activation, *epilogue,
-        )  # fmt: skip
+        self.constexprs = (kh, cut.rows, cut.width, c0, c1, cut.depth, stages, unit, call.upsample, call.activation)
         self.compiled: Any = None
 
     def launch(
-        self, x: Tensor, before: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
-        y: Tensor | None, norm_weight: Tensor | None = None, norm_bias: Tensor | None = None,
-        z: Tensor | None = None, tail: Tensor | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        x: Tensor,
+        before: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        after: Tensor | None,
+        y: Tensor,
+    ) -> None:
         if any(self.copies):
-            x, before, weight, bias, residual = (
+            x, before, weight, bias, residual, after = (
                 t.clone(memory_format=FORMATS.get(t.dim(), torch.contiguous_format)) if copy and t is not None else t
-                for t, copy in zip((x, before, weight, bias, residual), self.copies, strict=True)
+                for t, copy in zip((x, before, weight, bias, residual, after), self.copies, strict=True)
             )
-        if any(self.norm_copies):
-            norm_weight, norm_bias = (
-                t.clone(memory_format=torch.contiguous_format) if copy and t is not None else t
-                for t, copy in zip((norm_weight, norm_bias), self.norm_copies, strict=True)
-            )
-        bases = (x, before if self.has_before else x, weight, weight, y, y, z, z, tail, tail)
+        bases = (x, before if self.has_before else x, after if self.has_after else x, weight, weight, y, y)
         store = y if self.stores else None
         compiled = self.compiled
         if compiled is not None:
@@ -341,7 +332,7 @@ class HopperPlan(Plan):
             compiled.run(
                 *self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
                 *[d and Descriptor(base, d[0], d[1]) for base, d in zip(bases, self.descriptors)],  # noqa: B905
-                bias, residual, store, norm_weight, norm_bias, *self.integers, *self.constexprs,
+                bias, residual, store, *self.integers, *self.constexprs,
             )  # fmt: skip
             return
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -352,60 +343,33 @@ class HopperPlan(Plan):
         ]
         # 168 registers, 12 warps of them, until the kernel gives each warp its own.
         self.compiled = _hopper_kernel()[self.grid](
-            *checked, bias, residual, store, norm_weight, norm_bias, *self.integers, *self.constexprs,
-            num_warps=4, maxnreg=168,
-        )  # fmt: skip
+            *checked, bias, residual, store, *self.integers, *self.constexprs, num_warps=4, maxnreg=168
+        )
 
 
 def make_plan(call: Call, y_shape: Sequence[int]) -> Plan:
     """The plan for a call with a result of this shape that is not empty."""
     problem = Problem.of(call, y_shape)
-    cut = _hopper_config(problem)
-    return HopperPlan(problem, cut) if isinstance(cut, Config) else TritonPlan(problem)
-
-
-def make_norm_plan(call: Call, y_shape: Sequence[int]) -> HopperPlan | str:
-    """The plan for a call with a norm, or why no kernel does both."""
-    problem = Problem.of(call, y_shape)
-    cut = _hopper_config(problem)
-    return HopperPlan(problem, cut) if isinstance(cut, Config) else cut
-
-
-def why_no_norm(call: Call, y_shape: Sequence[int]) -> str | None:
-    """Why no kernel does this call with its norm, or None. Makes nothing: for calls that are still to come."""
-    cut = _hopper_config(Problem.of(call, y_shape))
-    return cut if isinstance(cut, str) else None
-
-
-def _hopper_config(problem: Problem) -> Config | str:
-    """How Hopper's kernel is cut for this, or why it is not for this."""
-    call, channels, device = problem.call, problem.call.x.shape[1], problem.call.x.device
-    if not is_hopper(device):
-        return f"{device} is no Hopper GPU"
-    if problem.stride[1:] != (1, 1) or problem.dilation[1] != 1:
-        return "stride in height and width or dilation in height are not 1"
-    if channels * call.x.dtype.itemsize % 16 != 0:
-        return f"{channels} channels of {call.x.dtype} are no multiple of 16 bytes"
-    if math.prod(call.x.shape) == 0:
-        return "x is empty"
-    if call.norm is not None and (call.x.dtype.itemsize != 2 or call.activation != "none"):
-        return f"a norm follows, but x is {call.x.dtype} and the activation {call.activation}"
-    if call.norm is not None and (call.norm.kind not in NORMS or call.norm.activation not in ACTIVATIONS):
-        return f"{call.norm.kind} norm with {call.norm.activation} is not in this kernel"
-    if call.config:
-        fitting = [config for config in [Config.of(call.config)] if config.hopper]
-    else:
+    device, size = call.x.device, call.x.dtype.itemsize
+    given = Config.of(call.config) if call.config else None
+    takes = (
+        is_hopper(device)
+        and problem.stride[1:] == (1, 1)
+        and problem.dilation[1] == 1
+        and call.x.shape[1] * size % 16 == 0
+        and math.prod(call.x.shape) > 0
+    )
+    if not takes or (given is not None and not given.hopper):
+        return TritonPlan(problem)
+    if given is None:
         phases = 4 if call.upsample else 1
         sizes = (call.x.shape[0] * problem.frames_out * phases, problem.h_out, problem.w_out)
-        work = Work(channels, problem.out, problem.kernel, *sizes, call.x.dtype, _processors(device))
+        work = Work(call.x.shape[1], problem.out, problem.kernel, *sizes, call.x.dtype, _processors(device))
         fitting = hopper_configs(work)
-    if not fitting:
-        return "no config of Hopper's kernel" + (" was asked for" if call.config else ": it is too high for shared memory")
-    if call.norm is not None:
-        fitting = [config for config in fitting if config.columns0 + config.columns1 == problem.out]
-        if not fitting:
-            return f"a program does not hold all {problem.out} channels"
-    return fitting[0]
+        if not fitting:  # a kernel too high for shared memory
+            return TritonPlan(problem)
+        given = fitting[0]
+    return HopperPlan(problem, given)
 
 
 def on_device(device: torch.device, launch: Callable[..., None], *tensors: Tensor | None) -> None:

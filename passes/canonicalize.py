@@ -1,7 +1,8 @@
 """Removes spellings, not meaning, so that later rules match one form.
 
-- nothing happens: `to` and `type_as` to the same dtype, `expand` to the same size, `dropout` in eval, `slice` of the
-  whole, `pad` by nothing, `copy` of a tensor of the same dtype and size, export's metadata assertions
+- nothing happens: `to` and `type_as` to the same dtype, `expand` to the same size, a product with 1, a quotient by 1,
+  `dropout` in eval, `slice` of the whole, `pad` by nothing, `copy` of a tensor of the same dtype and size, export's metadata
+  assertions
 - memory only: `clone`, `contiguous` and `alias` (kept where the graph returns the copy)
 - one spelling for several: `type_as` becomes `to`; `chunk`, `split` and `unbind` with `getitem` become `slice` and
   `select`; a convolution without a batch dimension gets one
@@ -50,6 +51,9 @@ def _source(node: Node) -> Node | None:
         return written if isinstance(written, Node) and same(node, written) else None
     if target in CASTS or target in (aten.expand.default, aten.slice.Tensor):
         return x if same(node, x) else None
+    if target in (aten.mul.Tensor, aten.div.Tensor):
+        factor = node.args[1]
+        return x if isinstance(factor, (int, float)) and factor == 1 and same(node, x) else None
     pad = PadNode.of(node)
     if pad is not None and all(front == 0 and back == 0 for front, back in pad.pads):
         return x

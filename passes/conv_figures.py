@@ -11,11 +11,12 @@ import torch
 
 from pvae.passes.compute_device import ComputeDevice
 from pvae.passes.conv_problem import ConvProblem
-from pvae.passes.conv_rules import rates
+from pvae.passes.conv_rules import rates, taps_clocks
 from pvae.passes.tuning_store import DeviceTable, Forms, Measured, read, shipped, store_path
 
 # A figure of another convolution holds if channels differ by at most a quarter and rows by at most four times.
 NEAR_CHANNELS, NEAR_ROWS = math.log(1.25), math.log(4.0)
+OTHER_ZEROS = 0.1  # one with other zeros around the picture is as far away as one of 1.1 times the channels
 # How much faster a form must be than the one by rule to be chosen instead, by where the figures are from.
 MARGINS = {"measured": 0.98, "near": 0.90, "rule": 0.85}
 
@@ -74,7 +75,9 @@ class Knowledge:
         for table, source in sources:
             near = nearest(problem, table.convolutions)
             if near is not None:
-                return Figures(scaled(near, problem, table.convolutions[near]), f"{source}, at {near}", "near")
+                forms = scaled(near, problem, table.convolutions[near], self.device)
+                sure = "measured" if _but_for_time(near) == _but_for_time(problem) else "near"
+                return Figures(forms, f"{source}, at {near}", sure)
         ruled = rates(problem, self.device)
         return Figures({form: Measured(ms) for form, ms in ruled.items()}, "rule", "rule") if ruled else NOTHING
 
@@ -92,10 +95,24 @@ def nearest(problem: ConvProblem, known: Iterable[ConvProblem]) -> ConvProblem |
         rows = abs(math.log(max(problem.rows, 1) / max(other.rows, 1)))
         if max(channels) > NEAR_CHANNELS or rows > NEAR_ROWS:
             continue
-        found = (sum(channels) + rows / 4, str(other), other)
+        found = (sum(channels) + rows / 4 + OTHER_ZEROS * (_pads(problem) != _pads(other)), str(other), other)
         if best is None or found[:2] < best[:2]:
             best = found
     return None if best is None else best[2]
+
+
+def _pads(problem: ConvProblem) -> tuple[tuple[int, int], ...]:
+    """Zeros in height and width."""
+    return problem.padding[-2:]
+
+
+def _but_for_time(problem: ConvProblem) -> ConvProblem:
+    """The problem whose frames are all there already: before x, as padding or in x, they are the same work."""
+    if problem.ndim == 2:
+        return problem
+    frames = problem.sizes[0] + problem.before + sum(problem.padding[0])
+    sizes, padding = (frames, *problem.sizes[1:]), ((0, 0), *problem.padding[1:])
+    return replace(problem, sizes=sizes, padding=padding, before=0)
 
 
 def _same_kind(a: ConvProblem, b: ConvProblem) -> bool:
@@ -104,7 +121,11 @@ def _same_kind(a: ConvProblem, b: ConvProblem) -> bool:
     return same and (a.kernel, a.stride, a.dilation, a.groups) == (b.kernel, b.stride, b.dilation, b.groups)
 
 
-def scaled(known: ConvProblem, problem: ConvProblem, forms: Forms) -> Mapping[str, Measured]:
-    """The figures of `known` at the rate that it had, for `problem`."""
-    factor = problem.flops / known.flops if known.flops else 1.0
-    return {name: m if m.ms is None else replace(m, ms=m.ms * factor) for name, m in forms.items()}
+def scaled(known: ConvProblem, problem: ConvProblem, forms: Forms, device: ComputeDevice) -> Mapping[str, Measured]:
+    """The figures of `known` at the rate that it had, for `problem`; of `taps` on Hopper by how tiles fit in both."""
+    factors = dict.fromkeys(forms, problem.flops / known.flops if known.flops else 1.0)
+    if device.hopper and "taps" in forms:
+        here, there = taps_clocks(problem, device.units), taps_clocks(known, device.units)
+        if here is not None and there:
+            factors["taps"] = here / there
+    return {name: m if m.ms is None else replace(m, ms=m.ms * factors[name]) for name, m in forms.items()}

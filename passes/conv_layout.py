@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from pvae.kernels import conv_taps
+from pvae.kernels import conv_taps, wide_attention
 from pvae.kernels.channels_last import FORMATS, is_channels_last
 from pvae.passes.conv_forms import Forms
 from pvae.passes.ir import VIEW_OPS, aten, output_node, value
@@ -161,7 +161,7 @@ def _followed(node: Node, source: Node, channel: int) -> tuple[int | None, tuple
         return 1, (4.0, 0.0)  # it copies in and out
     if target in PRODUCTS:
         return (channel, (2.0, 0.0)) if channel == val.dim() - 1 else (None, (0.0, 0.0))
-    if target is aten.scaled_dot_product_attention.default:
+    if target in (aten.scaled_dot_product_attention.default, wide_attention.OP):
         return None, (0.0, 0.0)
     return channel, (0.0, 0.0)
 

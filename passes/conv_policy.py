@@ -71,12 +71,13 @@ class FormChoice:
         return next((f for f in self.alternatives if f.name == form), None)
 
     def __str__(self) -> str:
-        took = f"{self.form} {self.ms:.3g} ms" if self.ms is not None else self.form
+        own = self._alternative(self.form)
+        took = f"{self.form} {own.time}" if own is not None and own.ms is not None else self.form
         copied = ", its input copied" if self.converted else ""
         others = [f for f in self.alternatives if f.name != self.form]
         timed = sorted((f for f in others if f.why_not is None and f.ms is not None), key=lambda f: f.ms or 0.0)
         unknown = [f.name for f in others if f.why_not is None and f.ms is None]
-        texts = [f"{took} in {self.layout}{copied} ({self.source})", *(f"{f.name} {f.ms:.3g} ms" for f in timed)]
+        texts = [f"{took} in {self.layout}{copied} ({self.source})", *(f"{f.name} {f.time}" for f in timed)]
         texts += [f"{', '.join(unknown)}: no figure"] if unknown else []
         reasons = dict.fromkeys(f.why_not for f in others if f.why_not is not None)
         return "; ".join(texts + [f"{', '.join(f.name for f in others if f.why_not == r)} not: {r}" for r in reasons])

@@ -99,6 +99,13 @@ class ConvProblem:
         """Multiply-adds times two, padding zeros counted."""
         return 2.0 * self.rows * self.out_channels * (self.channels // self.groups) * math.prod(self.kernel)
 
+    @property
+    def bytes(self) -> int:
+        """x, the frames before it, and the result, once each."""
+        size = {"bfloat16": 2, "float16": 2, "float64": 8}.get(self.precision, 4)
+        x = self.batch * self.channels * math.prod((self.sizes[0] + self.before, *self.sizes[1:]))
+        return size * (x + self.rows * self.out_channels)
+
     def __str__(self) -> str:
         def by(numbers: tuple[int, ...]) -> str:
             return "x".join(map(str, numbers))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 
 from pvae.kernels import conv3d_unfold as unfold
+from pvae.kernels.conv_taps_config import Work, hopper_clocks, hopper_configs, is_hopper
 from pvae.passes.compute_device import ComputeDevice
-from pvae.passes.conv_problem import ConvProblem
+from pvae.passes.conv_problem import ConvProblem, precision
 from pvae.passes.ir import ConvNode, fake_mode_of, value
 from pvae.passes.machine import Table, interpolate
 from pvae.runtime.torch_compat import conv_backend
@@ -17,37 +21,64 @@ from pvae.runtime.torch_compat import conv_backend
 HALF = (torch.float16, torch.bfloat16)
 SLOW_BACKENDS = ("Slow", "Overrideable", "Empty")
 
-# H200, half precision, 3x3 and 3x3x3 kernels of stride 1, large pictures: FLOP/s by the fewer of the channels, in or out.
-# cuDNN's forms are of torch 2.11 with cuDNN 9.19; C = 128 in 3-D from whole decodes of LTX-2 and CogVideoX; `taps` from
-# the bench of conv_taps (docs/measurements.md).
-_RATES_3D: Mapping[str, Table] = {
-    "native": ((0, 0.0), (96, 207e12), (192, 442e12), (384, 504e12)),
-    "channels_last": ((0, 0.0), (96, 256e12), (128, 471e12), (192, 538e12), (384, 579e12)),
-    "unfold2d": ((0, 0.0), (96, 330e12)),
-    "taps": ((0, 0.0), (96, 744e12), (192, 769e12), (384, 690e12)),
-}
-_RATES_2D: Mapping[str, Table] = {
-    "channels_last": ((0, 0.0), (96, 300e12), (128, 391e12), (256, 533e12), (512, 642e12)),
-    "taps": ((0, 0.0), (96, 640e12), (128, 727e12), (256, 764e12), (512, 800e12)),
-}
-# Of up to 16 output channels, which cost as much as 16: FLOP/s as if there were 16 (96 -> 3 and 128 -> 3 channels).
+
+@dataclass(frozen=True)
+class Rates:
+    """What convolutions with kernels of 3x3 and 3x3x3 and stride 1 reach on Hopper, in FLOP/s.
+
+    three, flat   by form in 3-D (kernels of more than one frame) and in 2-D, then by the fewer of the channels, in or out
+    few_out       by form for up to 16 output channels, counted as 16, which they cost as much as
+    clock         clocks/s that conv_taps reaches by the model of its kernel, `hopper_clocks`
+    """
+
+    three: Mapping[str, Table]
+    flat: Mapping[str, Table]
+    few_out: Mapping[str, float]
+    clock: float
+
+
+# By precision, H200 at its power limit, torch 2.11 with cuDNN 9.19 (docs/measurements.md; tools/bench_conv.py). By the clock
+# 27 of 36 convolutions took what is said here within 7 %; seven of few outputs or small pictures up to a third less, two 15 %
+# more.
+# "tf32" was not measured: with an entry, fp32 that may be computed so goes like half precision wherever a form is chosen.
+RATES: dict[str, Rates] = {
+    "half": Rates(
+        three={
+            "native": ((0, 0.0), (16, 64e12), (96, 205e12), (128, 515e12), (192, 443e12), (256, 600e12), (384, 484e12),
+                       (512, 640e12)),
+            "channels_last": ((0, 0.0), (16, 88e12), (48, 298e12), (96, 267e12), (128, 725e12), (192, 560e12),
+                              (256, 735e12), (384, 573e12), (512, 729e12), (768, 693e12)),
+            "unfold2d": ((0, 0.0), (16, 85e12), (48, 245e12), (96, 333e12), (128, 490e12), (192, 425e12),
+                         (256, 595e12), (384, 600e12), (512, 642e12), (768, 451e12)),
+        },
+        flat={
+            "native": ((0, 0.0), (16, 53e12), (96, 238e12), (128, 310e12), (192, 358e12), (256, 424e12), (384, 475e12),
+                       (512, 500e12)),
+            "channels_last": ((0, 0.0), (16, 91e12), (96, 459e12), (128, 653e12), (192, 584e12), (256, 675e12),
+                              (512, 656e12)),
+        },
+        few_out={"native": 85e12, "channels_last": 130e12, "unfold2d": 80e12},
+        clock=1.45e9,
+    ),
+}  # fmt: skip
 FEW_OUT = 16
-_RATES_FEW_OUT: Mapping[str, float] = {"channels_last": 117e12, "taps": 250e12}
-FEWEST_CHANNELS = 64  # in; below that nothing was measured for `taps`
+FEWEST_CHANNELS = 16  # in; below that nothing was measured
+START_MS = 0.004  # of a kernel: what 16 channels in, of whose arithmetic nothing is seen, take the longest part of
 BLOCK_ROWS, BLOCK_COLUMNS = 128, 192
+UNFOLD_FLOPS = 16e6  # on a CPU
 
 
 def no_gain(weight: torch.Tensor) -> str | None:
     """Why channels_last is not chosen by itself for a convolution with this weight, or None.
 
     On CUDA in half precision it is the faster layout for every decoder measured (Wan 1744 -> 1028 ms, Qwen-Image 53.9 ->
-    38.7). What every rank of a sharded model knows alike: the type of device and dtype.
+    38.7). float32 only with rates of Hopper for it. What every rank of a sharded model knows alike: device and dtype.
     """
     if weight.device.type != "cuda":
         return f"no gain measured on {weight.device.type}"
-    if weight.dtype not in HALF:
-        return f"no gain measured for {weight.dtype}"
-    return None
+    if weight.dtype in HALF or (precision(weight.dtype) in RATES and is_hopper(weight.device)):
+        return None
+    return f"no gain measured for {weight.dtype}"
 
 
 def unfold_pays(conv: ConvNode) -> str | None:
@@ -59,7 +90,8 @@ def unfold_pays(conv: ConvNode) -> str | None:
     395 / 346 at one; 96 -> 3 channels 23 / 16. At C=128 whole decoders lose by it (LTX-2 44.8 -> 59.0 ms, CogVideoX 170
     -> 190, 2026-11-21), so it stays with cuDNN.
     CPU: where ATen has no fast conv3d but a fast conv2d. EPYC, fp32, ms: C=16 18.3 / 0.8, C=64 22.4 / 2.6; where oneDNN
-    takes the 3-D form (C >= 96, bf16) both are equal.
+    takes the 3-D form (C >= 96, bf16) both are equal. Not below 16 MFLOP: the op takes 0.2 ms before it computes, and
+    conv3d (one thread) is done sooner (0.88 MFLOP 0.07 / 0.29, 14.2 0.56 / 0.56, 42.5 2.92 / 1.30).
     """
     x, weight = value(conv.x), value(conv.weight)
     if x.device.type == "cuda":
@@ -82,30 +114,36 @@ def unfold_pays(conv: ConvNode) -> str | None:
         two_d = conv_backend(frame, flat, None, conv.stride[1:], padding[1:], conv.dilation[1:], conv.groups)
         if two_d.startswith(SLOW_BACKENDS):
             return f"ATen has no fast conv2d for this shape either ({two_d})"
+        if conv.flops is not None and conv.flops < UNFOLD_FLOPS:
+            return f"{conv.flops / 1e6:.2g} MFLOP: conv3d is done sooner than the unfold has begun"
         return None
     return f"no measurement for device type {x.device.type!r}"
 
 
 def rates(problem: ConvProblem, device: ComputeDevice) -> dict[str, float]:
-    """ms of each form that has a rate: on Hopper GPUs in half precision, for 3x3 kernels of up to three frames, stride 1.
+    """ms of each form that has a rate: on Hopper GPUs, for 3x3 kernels of up to three frames with stride 1.
 
     A convolution of few tiles leaves multiprocessors idle in its last wave, whichever form it takes.
     """
     ones = (1,) * problem.ndim
     frames = problem.kernel[0] if problem.ndim == 3 else 1
     plain = problem.kernel[-2:] == (3, 3) and frames <= 3 and problem.stride == problem.dilation == ones
-    if not device.hopper or problem.precision not in ("bfloat16", "float16") or not plain or problem.groups != 1:
+    known = RATES.get("half" if problem.precision in ("bfloat16", "float16") else problem.precision)
+    if not device.hopper or known is None or not plain or problem.groups != 1 or problem.channels < FEWEST_CHANNELS:
         return {}
     few = problem.out_channels <= FEW_OUT
-    fewer, found = min(problem.channels, problem.out_channels), dict[str, float]()
-    for form, table in (_RATES_3D if frames > 1 else _RATES_2D).items():
-        if problem.channels < FEWEST_CHANNELS and (few or form == "taps"):
-            continue
-        name = "frames" if form == "channels_last" and problem.ndim == 3 and frames == 1 else form
-        if not few:
-            found[name] = 1e3 * problem.flops / (interpolate(table, fewer) * busy(problem, device.units))
-        elif form in _RATES_FEW_OUT:
-            found[name] = 1e3 * problem.flops * FEW_OUT / problem.out_channels / _RATES_FEW_OUT[form]
+    fewer = FEW_OUT if few else min(problem.channels, problem.out_channels)
+    found = dict[str, float]()
+    flops = problem.flops * max(1.0, FEW_OUT / problem.out_channels)
+    for form, table in (known.three if frames > 1 else known.flat).items():
+        rate = known.few_out[form] if few and form in known.few_out else interpolate(table, fewer)
+        found[form] = START_MS + 1e3 * flops / (rate * busy(problem, device.units))
+    if problem.ndim == 3 and frames == 1:
+        found = {"frames": found["channels_last"]}
+    clocks = taps_clocks(problem, device.units)
+    if clocks is not None:
+        least = 0.0 if device.copy is None else problem.bytes / device.copy
+        found["taps"] = START_MS + 1e3 * max(clocks / known.clock, least)
     return found
 
 
@@ -114,3 +152,21 @@ def busy(problem: ConvProblem, units: int) -> float:
     tiles = -(-problem.rows // BLOCK_ROWS) * -(-problem.out_channels // BLOCK_COLUMNS)
     waves = -(-tiles // units)
     return tiles / (waves * units) if tiles else 1.0
+
+
+def taps_clocks(problem: ConvProblem, units: int) -> float | None:
+    """Clocks of conv_taps by the model of its Hopper kernel; None where that kernel does not take the convolution."""
+    dtype = getattr(torch, "float32" if problem.precision == "tf32" else problem.precision)
+    strides, dilations = problem.stride[-2:], problem.dilation[-2:]
+    if strides != (1, 1) or dilations[0] != 1 or problem.groups != 1 or problem.channels * dtype.itemsize % 16:
+        return None
+    *time, height, width = problem.out_sizes
+    kernel_t = problem.kernel[0] if problem.ndim == 3 else 1
+    kernel = (kernel_t, problem.kernel[-2], problem.kernel[-1])
+    frames = problem.batch * math.prod(time)
+    return _clocks(Work(problem.channels, problem.out_channels, kernel, frames, height, width, dtype, units))
+
+
+@functools.lru_cache(maxsize=4096)
+def _clocks(work: Work) -> float | None:
+    return min((hopper_clocks(work, config) for config in hopper_configs(work)), default=None)

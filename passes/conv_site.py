@@ -1,6 +1,6 @@
 """What stands around a convolution and can be computed with it: a zero pad and a causal cache in front, a sum behind.
 
-    silu(conv(pad(cat([cache, x], 2)), w, b) + r)
+silu(conv(pad(cat([cache, x], 2)), w, b) + r)
 """
 
 from __future__ import annotations
@@ -43,6 +43,41 @@ def site_of(conv: ConvNode) -> Site:
     if user is not None and user.target in ACTIVATIONS and _alike(user, last):
         last, activation = user, ACTIVATIONS[user.target]
     return Site(conv, x, before, padding, last, residual, activation)
+
+
+def passes_besides(conv: ConvNode, form: str, interpreted: bool) -> dict[str, int]:
+    """Bytes that are moved besides the convolution where it is computed as `form`, by what for; `taps` takes all of it in.
+
+    On GPUs torch adds a bias in a pass of its own, which Inductor fuses with the sum and activation behind; `linear` leaves
+    it to cuBLAS. Where all that follows is pointwise that pass is needed in any case (unless `interpreted`). A cache and
+    a pad that the convolution cannot do are a copy of its input, unless others read that too; `unfold2d` pads by itself.
+    """
+    if form == "taps":
+        return {}
+    site, moved = site_of(conv), dict[str, int]()
+    names = ["bias"] if conv.bias is not None and form != "linear" else []
+    names += ["residual"] if site.residual is not None else []
+    names += [site.activation] if site.activation != "none" else []
+    follows = not interpreted and bool(site.last.users) and all(map(_pointwise, site.last.users))
+    if names and not follows:
+        moved[" and ".join(names)] = (3 if site.residual is not None else 2) * _bytes(conv.node)
+    pad = PadNode.of(conv.x)
+    uneven = any(front != back for front, back in conv.padding)
+    padded = uneven or (pad is not None and zero_pad(pad, conv.ndim))
+    names = ["cache"] if site.before is not None else []
+    names += ["pad"] if padded and form != "unfold2d" else []
+    if names and len(conv.x.users) == 1:
+        moved[" and ".join(names)] = 2 * _bytes(conv.x)
+    return moved
+
+
+def _pointwise(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+
+
+def _bytes(node: Node) -> int:
+    val: torch.Tensor = value(node)
+    return val.numel() * val.element_size()
 
 
 def front_of(conv: ConvNode) -> tuple[Node, Node | None, Pads]:

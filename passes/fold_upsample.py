@@ -24,11 +24,11 @@ from torch.fx import Graph, Node
 from pvae.kernels import conv_taps
 from pvae.kernels.channels_last import FORMATS
 from pvae.kernels.phase_weight import OP as PHASE_WEIGHT
+from pvae.passes.conv_rules import no_gain
 from pvae.passes.ir import Builder, ConvNode, PadNode, aten, known, value
 from pvae.passes.rule import Context, Match, Pass, Refusal, Rule
 from pvae.runtime.fetch import fetch
 
-HALF = (torch.float16, torch.bfloat16)
 CHANNELS = 64  # from so many the phases are chosen by themselves
 
 UPSAMPLES = (  # by 2, `nearest` and `nearest-exact` read the same entries
@@ -50,10 +50,9 @@ def pays(conv: ConvNode) -> str | None:
     On GPUs in half precision a convolution of 64 and more channels is bound by arithmetic, of which this saves 5/9.
     """
     x = value(conv.x)
-    if x.device.type != "cuda":
-        return f"no gain measured on {x.device.type}"
-    if x.dtype not in HALF:
-        return f"no gain measured for {x.dtype}"
+    reason = no_gain(x)
+    if reason is not None:
+        return reason
     if conv.in_channels < CHANNELS:
         return f"{conv.in_channels} channels: no gain measured below {CHANNELS}"
     return conv_taps.supports(x, value(conv.weight), conv.groups)

@@ -11,12 +11,11 @@ from pvae.kernels.channels_last import FORMATS, is_channels_last
 from pvae.kernels.compact import OP as COMPACT
 from pvae.kernels.conv3d_unfold import OP as UNFOLD
 from pvae.kernels.conv_taps import OP as TAPS
-from pvae.kernels.conv_taps_norm import OP as TAPS_NORM
 from pvae.passes.ir import VIEW_OPS, Builder, ConvNode, aten, known, output_node, value
 from pvae.passes.rule import Context
 from pvae.passes.verify import Signature
 
-OURS = {UNFOLD: 1, TAPS: 2, TAPS_NORM: 2}  # where our convolutions have their weight
+OURS = {UNFOLD: 1, TAPS: 2}  # where our convolutions have their weight
 
 
 def lay_out_outputs(gm: GraphModule, signature: Signature, context: Context) -> int:

@@ -22,7 +22,6 @@ from pvae.passes.conv_taps import CONV_TAPS
 from pvae.passes.drop_zero_taps import DROP_ZERO_TAPS
 from pvae.passes.fold_pad import FOLD_PAD
 from pvae.passes.fold_upsample import FOLD_UPSAMPLE
-from pvae.passes.fuse_conv_norm import FUSE_CONV_NORM
 from pvae.passes.fuse_modulation import FUSE_MODULATION, FUSE_RESIDUAL_GATE
 from pvae.passes.fuse_norm_act import FUSE_NORM_ACT
 from pvae.passes.main_rank import INLINE_MAIN_RANK, MAIN_RANK
@@ -30,6 +29,7 @@ from pvae.passes.output_layout import lay_out_outputs
 from pvae.passes.prefix_attention import PREFIX_ATTENTION
 from pvae.passes.rule import Context, Pass, Report
 from pvae.passes.shard import SHARD
+from pvae.passes.split_cache import SPLIT_CACHE
 from pvae.passes.verify import Signature, verify
 from pvae.passes.wide_attention import WIDE_ATTENTION
 
@@ -51,7 +51,7 @@ PASSES: tuple[Pass, ...] = (
     CONV3D_UNFOLD,  # the form of each convolution
     CHANNELS_LAST,  # last: the layout of what is left as a convolution
     FUSE_NORM_ACT,  # after the layouts: its kernels are for channels-last activations
-    FUSE_CONV_NORM,  # once convolutions and norms are kernels of ours
+    SPLIT_CACHE,  # last: it reads convolutions and norms that are kernels of ours
 )
 BY_NAME: Mapping[str, Pass] = {p.name: p for p in PASSES}
 _ITEM = re.compile(r"([A-Za-z0-9_]+)(?:\{([^}]*)\})?")

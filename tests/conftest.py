@@ -1,4 +1,5 @@
-"""What every test starts from: one thread, no memory of earlier compiles, hypothesis by profile (`ci` unless told `deep`)."""
+"""What every test starts from: one thread, no memory of earlier compiles, no tuning store, hypothesis by profile (`ci` unless
+told `deep`)."""
 
 from __future__ import annotations
 
@@ -18,6 +19,14 @@ _COMMON = {
 settings.register_profile("ci", max_examples=25, derandomize=True, **_COMMON)
 settings.register_profile("deep", max_examples=1000, print_blob=True, **_COMMON)
 settings.load_profile("ci")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A folder of the session's own for what programs keep: the times of a developer's device decide nothing here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ medians over rounds. The share is of the rate of an 8192^3 matrix product taken 
 against float64 over two opposite corners of the last two frames.
 
     --tuned            also the fastest of `candidate_configs`, each tried
+    --store FILE       add the times to a tuning store, as `pvae tune` does; `passes/conv_table_h200.json` was made so
     --shapes TEXT      CHANNELS-OUT:KERNEL:SIZE[:sSTRIDE][:nBATCH] with commas between, such as 96-96:3x3x3:4x480x832; the
                        size is the result's
 """
@@ -36,8 +37,14 @@ from torch import Tensor
 
 from pvae.kernels import conv3d_unfold, conv_taps
 from pvae.kernels.channels_last import FORMATS
+from pvae.options import parse_options
+from pvae.passes.compute_device import ComputeDevice
+from pvae.passes.conv_problem import precision
+from pvae.passes.tuning_store import DeviceTable, merge
 from pvae.testing import relative_error
 from pvae.tools.conv_shapes import MEASURED, Shape, collect, shapes_named, shares
+from pvae.tools.conv_table import figures
+from pvae.tools.conv_trial import copy_rate
 from pvae.tools.model_run import Request, RequestError, dtype_name, dtype_named
 from pvae.tools.timing import seconds
 
@@ -384,6 +391,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--matrix", type=int, default=8192, help="size of the matrix product")
     parser.add_argument("--cudnn-benchmark", action="store_true", help="let cuDNN try its algorithms too")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--store", type=Path, help="a tuning store (JSON)")
     return parser
 
 
@@ -410,6 +418,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if failure := next((f for f in compiled(first) if f is not None), None):
             raise failure
         torch.cuda.empty_cache()
+    here = ComputeDevice.of(device, parse_options({}, {}))
+    computed = precision(dtype) if device.type == "cuda" else dtype_name(dtype)
+    copy = copy_rate(device) if args.store else 0.0
     rows: dict[Shape, Row] = {}
     print(HEAD, flush=True)
     for shape in shapes:
@@ -423,6 +434,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "cudnn_benchmark": args.cudnn_benchmark,
             }
             args.json.write_text(json.dumps({**about, "rows": [asdict(r) for r in rows.values()]}, indent=1))
+        if args.store:
+            merge(args.store, DeviceTable.of(here, copy, figures(asdict(rows[shape]), computed)))
         if device.type == "cuda":
             torch.cuda.empty_cache()
     print("\n".join(summary(rows)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from pvae.kernels import conv_taps_launch as launch  # noqa: E402
 from pvae.kernels.conv_taps_config import SHARED_BYTES, Config, Work, hopper_configs  # noqa: E402
 from tests.kernels.conv_taps_cases import Case  # noqa: E402
-from tests.kernels.conv_taps_norm_cases import NormCase  # noqa: E402
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing")
 
@@ -50,9 +48,7 @@ USES: dict[str, tuple[Case, Config, bool]] = {
 }
 
 
-def plan_of(
-    case: Case, config: Config, monkeypatch: pytest.MonkeyPatch, norm: launch.NormCall | None = None
-) -> launch.HopperPlan:
+def plan_of(case: Case, config: Config, monkeypatch: pytest.MonkeyPatch) -> launch.HopperPlan:
     monkeypatch.setattr(launch, "_processors", lambda device: 132)
     monkeypatch.setattr(launch, "is_hopper", lambda device: True)
     operands = [
@@ -68,13 +64,12 @@ def plan_of(
     memory = [None if t is None else launch.Memory(t.shape, t.stride(), t.dtype, t.device) for t in operands]
     stride, padding, dilation, upsample, activation = case.rest
     rest = (tuple(stride), tuple(padding), tuple(dilation), upsample, activation, tuple(config.numbers()), True, True)
-    call = launch.Call(*memory, *rest, norm)
-    plan = (launch.make_norm_plan if norm else launch.make_plan)(call, case.out_shape())
+    plan = launch.make_plan(launch.Call(*memory, *rest), case.out_shape())
     assert isinstance(plan, launch.HopperPlan)
     return plan
 
 
-def compiled(case: Case, plan: launch.HopperPlan, norm: launch.NormCall | None = None) -> Any:
+def compiled(case: Case, plan: launch.HopperPlan) -> Any:
     """What `plan.launch` would have Triton compile for sm_90."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -84,7 +79,6 @@ def compiled(case: Case, plan: launch.HopperPlan, norm: launch.NormCall | None =
     blocks = [d and d[2] for d in plan.descriptors]
     types = [b and f"tensordesc<{name}{b},{launch._shared_layout(tuple(b), case.dtype)!r}>" for b in blocks]
     types += [f"*{name}" if given else None for given in (case.bias, case.residual, plan.stores)]
-    types += [f"*{name}" if given else None for given in (norm[:2] if norm else (None, None))]
     types += ["i32"] * len(plan.integers)
     values = [None] * len(types) + list(plan.constexprs)
     types += [None] * len(plan.constexprs)
@@ -95,6 +89,9 @@ def compiled(case: Case, plan: launch.HopperPlan, norm: launch.NormCall | None =
     aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types) if t is not None and t.startswith("*")}
     source = GluonASTSource(fn=conv_taps_hopper, signature=signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "maxnreg": 168})
+
+
+SPILLED = 32  # bytes, of the loading warp in one variant that the rule does not choose
 
 
 @pytest.mark.parametrize("use", USES)
@@ -115,45 +112,7 @@ def test_compiles_to_what_it_is_meant_to(use: str, tmp_path: Path, monkeypatch: 
     assert len(waits) == 2 and all("bar" in w and "wgmma.mma" not in w for w in waits)
     said = assembler(ptx, tmp_path)
     assert "serializ" not in said, said
-    assert not [int(n) for n in re.findall(r"(\d+) bytes spill", said) if int(n)], said
-
-
-# With a norm: the case, its config, and how many words may be spilled, none of them in the loop over steps.
-NORMS: dict[str, tuple[NormCase, Config, int]] = {
-    "96": (NormCase(replace(USES["96"][0], activation="none", residual=False)), Config(6, 64, 64, 32, 32, 9, 4), 0),
-    "96 kept": (
-        NormCase(replace(USES["96"][0], activation="none"), keep=True, tail=2),
-        Config(6, 64, 64, 32, 32, 9, 4),
-        32,
-    ),
-    "192 kept": (
-        NormCase(replace(USES["192"][0], residual=True), "rms", "relu", keep=True, tail=2, vectors=(True, True)),
-        Config(4, 64, 128, 64, 32, 9, 2),
-        128,
-    ),
-    "enlarged": (
-        NormCase(replace(USES["enlarged"][0], activation="none"), tail=1),
-        Config(6, 64, 64, 32, 32, 9, 4),
-        32,
-    ),
-}
-
-
-@pytest.mark.parametrize("use", NORMS)
-def test_a_norm_costs_the_loop_nothing(use: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    case, config, words = NORMS[use]
-    plan = plan_of(case.conv, config, monkeypatch, case.call())
-    kernel = compiled(case.conv, plan, case.call())
-    ptx = kernel.asm["ptx"]
-    assert kernel.metadata.shared <= SHARED_BYTES
-    # Of each group, product and block of columns: y, z and the tail, as they are asked for.
-    stores = 1 + case.keep + (case.tail > 0)
-    columns = 2 if config.columns1 else 1
-    assert len(re.findall(r"cp\.async\.bulk\.tensor\.5d\.global", ptx)) == 2 * config.rows * columns * stores
-    said = assembler(ptx, tmp_path)
-    assert "serializ" not in said, said
-    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", said)]
-    assert spilled and max(spilled) <= 4 * words, said
+    assert all(int(n) <= SPILLED for n in re.findall(r"(\d+) bytes spill", said)), said
 
 
 def assembler(ptx: str, folder: Path) -> str:

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pvae.kernels import conv_taps
 from pvae.kernels.channels_last import is_channels_last
-from pvae.kernels.phase_weight import OP
+from pvae.kernels.phase_weight import OP, by_product
 from pvae.testing import relative_error, tensors
 
 kernels = st.tuples(st.integers(1, 3), st.integers(1, 4), st.sampled_from([None, 1, 3])).map(
@@ -51,6 +51,14 @@ def test_rows_are_phase_major() -> None:
     weight = torch.randn(5, 2, 3, 3, 3)
     for o in range(5):
         assert torch.equal(OP(weight)[o::5], OP(weight[o : o + 1]))
+
+
+@given(tensors(kernels, (torch.float64, torch.float32)))
+def test_one_product_makes_the_same_sums(weight: Tensor) -> None:
+    """What GPUs do, in the same memory order."""
+    found, expected = by_product(weight), OP(weight)
+    assert found.shape == expected.shape and is_channels_last(found)
+    torch.testing.assert_close(found, expected)
 
 
 @given(tensors(kernels, (torch.float64, torch.float32)), st.integers(1, 2), st.integers(1, 5), st.integers(1, 5))

@@ -197,14 +197,18 @@ def test_other_forms_leave_everything(form: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("three_d", "two_d", "reason"),
+    ("three_d", "two_d", "least", "reason"),
     [
-        ("Mkldnn", "Mkldnn", "ATen has a fast conv3d for this shape (Mkldnn)"),
-        ("Slow3d", "Mkldnn", None),
-        ("Slow3d", "Slow2d", "ATen has no fast conv2d for this shape either (Slow2d)"),
+        ("Mkldnn", "Mkldnn", 0.0, "ATen has a fast conv3d for this shape (Mkldnn)"),
+        ("Slow3d", "Mkldnn", 0.0, None),
+        ("Slow3d", "Mkldnn", 16e6, "0.83 MFLOP: conv3d is done sooner than the unfold has begun"),
+        ("Slow3d", "Slow2d", 16e6, "ATen has no fast conv2d for this shape either (Slow2d)"),
     ],
 )
-def test_auto_on_the_cpu(monkeypatch: pytest.MonkeyPatch, three_d: str, two_d: str, reason: str | None) -> None:
+def test_auto_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, three_d: str, two_d: str, least: float, reason: str | None
+) -> None:
+    monkeypatch.setattr("pvae.passes.conv_rules.UNFOLD_FLOPS", least)
     backends = {5: three_d, 4: two_d}
     monkeypatch.setattr("pvae.passes.conv_rules.conv_backend", lambda x, *rest: backends[x.dim()])
     _, reports = rewrite(lambda x, w: F.conv3d(x, w, padding=1), X, W, passes="conv3d_unfold")

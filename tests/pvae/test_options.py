@@ -135,7 +135,7 @@ def test_the_environment_wins_and_disable_is_the_union() -> None:
     assert str(found.pipeline) == (
         "prefix_attention,drop_zero_taps,main_rank,shard,inline_main_rank,fuse_modulation,fuse_residual_gate,"
         "wide_attention,conv_dtype,fold_upsample,conv_policy,conv_taps,conv3d_unfold,channels_last,fuse_norm_act,"
-        "fuse_conv_norm"
+        "split_cache"
     )
     assert parse_options({}, {"PVAE_REWRITE_LIMIT": ""}).rewrite_limit is None
 

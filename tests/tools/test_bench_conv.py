@@ -10,8 +10,12 @@ import pytest
 import torch
 
 from pvae.kernels import conv_taps
+from pvae.options import parse_options
+from pvae.passes.compute_device import ComputeDevice
+from pvae.passes.tuning_store import read
 from pvae.tools.bench_conv import Problem, Row, configs, main, native_forms, summary, taps_form, unfold_forms
 from pvae.tools.conv_shapes import MEASURED, MODELS, Shape, collect, shapes_named, shares
+from pvae.tools.conv_table import figures, problem_of
 from pvae.tools.model_run import Request, RequestError
 
 KINDS = {
@@ -141,3 +145,76 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main(["--shapes", "96-96:3", "--device", "cpu"])
     assert exit.value.code == 2 and "96-96:3x3x3:4x480x832" in capsys.readouterr().err
+
+
+# --- the tuning store ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "inner", "padded"),
+    [
+        (
+            "96-96:3x3x3:4x480x832",
+            "bfloat16 1x96x4x480x832 > 96 kernel 3x3x3 padding 0.0x1.1x1.1 before 2",
+            "bfloat16 1x96x4x482x834 > 96 kernel 3x3x3 before 2",
+        ),
+        (
+            "96-96:3x3:240x416:s2x2:n4",
+            "bfloat16 4x96x480x832 > 96 kernel 3x3 padding 0.1x0.1 stride 2x2",
+            "bfloat16 4x96x481x833 > 96 kernel 3x3 stride 2x2",
+        ),
+        (
+            "192-192:3x1x1:2x120x208:s2x1x1",
+            "bfloat16 1x192x4x120x208 > 192 kernel 3x1x1 stride 2x1x1 before 1",
+            "bfloat16 1x192x4x120x208 > 192 kernel 3x1x1 stride 2x1x1 before 1",
+        ),
+    ],
+)
+def test_shapes_as_convolutions_of_the_store(text: str, inner: str, padded: str) -> None:
+    shape = Shape.parse(text)
+    assert str(problem_of(shape, "bfloat16", padded=False)) == inner
+    assert str(problem_of(shape, "bfloat16", padded=True)) == padded
+    assert problem_of(shape, "bfloat16", padded=True).out_sizes == shape.size
+    assert problem_of(shape, "bfloat16", padded=False).flops == shape.flop
+
+
+MS = {
+    "native contiguous": 5.0,
+    "native contiguous padded": 4.0,
+    "native channels_last": 3.0,
+    "native channels_last padded": 2.0,
+    "unfold contiguous": 6.0,
+    "unfold channels_last": 7.0,
+    "taps": 1.0,
+    "matrix": 9.0,
+}
+
+
+def test_what_was_measured_by_form() -> None:
+    def times(shape: str, **more: object) -> list[dict[str, float | None]]:
+        row = {"shape": shape, "ms": MS, "tuned_config": [], **more}
+        return [{name: m.ms for name, m in forms.items()} for forms in figures(row, "bfloat16").values()]
+
+    assert times("96-96:3x3x3:4x8x8") == [
+        {"native": 5.0, "channels_last": 3.0, "unfold2d": 6.0, "taps": 1.0},
+        {"native": 4.0, "channels_last": 2.0, "unfold2d": 6.0, "taps": 1.0},
+    ]
+    strided, inside = times("96-96:3x3:8x8:s2x2")
+    assert strided == inside and strided["channels_last"] == 2.0, "a pad of one side is written beforehand"
+    frames = MS | {"frames padded": 1.5}
+    assert times("96-96:1x3x3:4x8x8", ms=frames)[0]["frames"] == 1.5
+    assert not times("96-96:1x1x1:4x8x8"), "a product of patches"
+    (tuned, _) = figures({"shape": "9-9:3x3:8x8", "ms": MS | {"tuned": 0.5}, "tuned_config": [1, 2]}, "tf32").values()
+    assert (tuned["taps"].ms, tuned["taps"].config) == (0.5, (1, 2))
+
+
+def test_the_bench_fills_a_store(tmp_path: Path) -> None:
+    store = tmp_path / "store.json"
+    main(["--shapes", "8-4:3x3:9x7", "--device", "cpu", "--dtype", "fp32", "--rounds", "1", "--matrix", "64",
+          "--store", str(store)])  # fmt: skip
+    (table,) = read(store).values()
+    assert {str(p) for p in table.convolutions} == {
+        "float32 1x8x9x7 > 4 kernel 3x3 padding 1.1x1.1",
+        "float32 1x8x11x9 > 4 kernel 3x3",
+    }
+    assert table.key == ComputeDevice.of(torch.device("cpu"), parse_options({}, {})).key and table.copy > 0
