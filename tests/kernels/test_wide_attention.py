@@ -149,9 +149,9 @@ def test_blocks_are_even_and_fit(batches: int, queries: int, keys: int, mib: int
 
 def test_blocks_of_models() -> None:
     """Wan 480p, Qwen-Image 1024^2 and 2048^2, and four small pictures, which are one block."""
-    assert block_of(1, 6240, 6240) == Block(1, 2176, 3200)
-    assert block_of(1, 16384, 16384) == Block(1, 2048, 4096)
-    assert block_of(1, 65536, 65536) == Block(1, 2048, 4096)
+    assert block_of(1, 6240, 6240) == Block(1, 6240, 6240)
+    assert block_of(1, 16384, 16384) == Block(1, 8192, 8192)
+    assert block_of(1, 65536, 65536) == Block(1, 8192, 8192)
     assert block_of(4, 1024, 1024) == Block(4, 1024, 1024)
     assert math.prod((1024, 1024)) >= FEW_SCORES
 
