@@ -91,7 +91,7 @@ def compiled(case: Case, plan: launch.HopperPlan) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "maxnreg": 168})
 
 
-SPILLED = 32  # bytes, of the loading warp in one variant that the rule does not choose
+SPILLED = {"192": 64}  # bytes at most: all 192 columns in one program, which the rule chooses for few shapes
 
 
 @pytest.mark.parametrize("use", USES)
@@ -112,7 +112,7 @@ def test_compiles_to_what_it_is_meant_to(use: str, tmp_path: Path, monkeypatch: 
     assert len(waits) == 2 and all("bar" in w and "wgmma.mma" not in w for w in waits)
     said = assembler(ptx, tmp_path)
     assert "serializ" not in said, said
-    assert all(int(n) <= SPILLED for n in re.findall(r"(\d+) bytes spill", said)), said
+    assert all(int(n) <= SPILLED.get(use, 0) for n in re.findall(r"(\d+) bytes spill", said)), said
 
 
 def assembler(ptx: str, folder: Path) -> str:
