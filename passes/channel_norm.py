@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from pvae.kernels.channel_norm_layout import NO_PADDING
 from pvae.passes.frame_norm import CATS, FrameNorm
-from pvae.passes.ir import CASTS, ConvNode, PadNode, aten, is_tensor, known, value
+from pvae.passes.ir import CASTS, ConvNode, PadNode, aten, is_tensor, known, only_user, value
 from pvae.passes.norm_node import NormNode, before_widening
 
 ACTIVATIONS = {aten.silu.default: "silu", aten.relu.default: "relu", aten.gelu.default: "gelu"}
@@ -71,10 +71,6 @@ class Chain:
         if all(known(other[i] == 1) for i in rest[1:]):
             return SAMPLE if known(other[0] == shape[0]) else ""
         return LIKE if all(known(a == b) for a, b in zip(other, shape, strict=True)) else ""
-
-
-def only_user(node: Node) -> Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def norm_of(node: Node) -> Chain | str | None:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from pvae.passes.ir import ConvNode, PadNode, aten, known, value
+from pvae.passes.canonicalize import same
+from pvae.passes.ir import ConvNode, PadNode, aten, is_tensor, known, only_user, value
 
 Pads = tuple[tuple[int, int], ...]  # (front, back) of each spatial dimension, the first one first
 ACTIVATIONS = {aten.silu.default: "silu", aten.relu.default: "relu"}
@@ -34,13 +35,13 @@ def site_of(conv: ConvNode) -> Site:
     x, before, padding = front_of(conv)
     last: Node = conv.node
     residual, activation = None, "none"
-    user = _only_user(last)
+    user = only_user(last)
     if user is not None and user.target is aten.add.Tensor and user.kwargs.get("alpha", 1) == 1:
         other = user.args[1] if user.args[0] is last else user.args[0]
-        if isinstance(other, Node) and other is not last and _alike(other, last) and _alike(user, last):
+        if is_tensor(other) and other is not last and same(other, last) and same(user, last):
             last, residual = user, other
-            user = _only_user(last)
-    if user is not None and user.target in ACTIVATIONS and _alike(user, last):
+            user = only_user(last)
+    if user is not None and user.target in ACTIVATIONS and same(user, last):
         last, activation = user, ACTIVATIONS[user.target]
     return Site(conv, x, before, padding, last, residual, activation)
 
@@ -116,15 +117,3 @@ def _joined(x: Node) -> tuple[Node, Node | None]:
     # `cat` leaves out what is empty, of one dimension or more.
     videos = value(cache).dim() == value(rest).dim() == 5
     return (rest, cache) if videos and known(value(cache).shape[2] > 0) else (x, None)
-
-
-def _only_user(node: Node) -> Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _alike(a: Node, b: Node) -> bool:
-    """Whether two tensors have the same dtype, device and sizes."""
-    x, y = value(a), value(b)
-    if not isinstance(x, torch.Tensor) or x.dtype != y.dtype or x.device != y.device or x.dim() != y.dim():
-        return False
-    return all(known(p == q) for p, q in zip(x.shape, y.shape, strict=True))

@@ -53,6 +53,11 @@ def value(node: Node) -> Any:
     return node.meta["val"]
 
 
+def only_user(node: Node) -> Node | None:
+    """The one node that reads `node`, or None if there are more, or none."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
 def is_tensor(node: object) -> bool:
     return isinstance(node, Node) and isinstance(node.meta.get("val"), torch.Tensor)
 

@@ -23,7 +23,8 @@ class Options:
     """What a user may ask of pvae; each is also an environment variable `PVAE_<NAME>`, which wins over the code.
 
     conv3d         form of convolutions: auto (by what was measured), native, channels_last, unfold2d, taps (`conv_taps`; both
-                   also of 2-D ones, but unfold2d). One that a convolution cannot take is refused, with the reason
+                   also of 2-D ones, but unfold2d). One that a convolution cannot take is refused, with the reason; taps asked
+                   for where its kernel does not run (a CPU, fp32 without tf32) is computed by plain torch
     conv_dtype     none, or bf16: compute convolutions in bf16 under fp32 activations (approximate)
     channels_last  auto (by what was measured; by rule CUDA in half precision), on, off
     tuning_store   file of measured times that `pvae tune` writes; "": $XDG_CACHE_HOME/pvae/tuning.json or
