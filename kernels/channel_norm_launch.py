@@ -7,7 +7,6 @@ of the norm's parameters, so it is made once for each kind of call and looked up
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
 import math
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from pvae.kernels.channel_norm_layout import Border, Layout, Operands, Sizes, ch
 from pvae.kernels.channel_norm_reference import Norm, empty_result, reference
 from pvae.kernels.norm_config import next_power_of_2
 from pvae.kernels.norm_launch import FLOATS, GRID_LIMIT, device_refusal
+from pvae.kernels.triton_launch import Launch
 
 COMBINED = 4096  # partial moments that combine_kernel reads at a time
 
@@ -37,25 +37,16 @@ class Step:
     integers: tuple[int | None, ...]
     floats: tuple[float, ...]
     constants: dict[str, Any]  # the kernel's compile-time arguments in their order, then num_warps
-    compiled: Any = None  # what Triton made of it for tensors that begin at multiples of 16 bytes
-    constexprs: tuple[Any, ...] = ()
+
+    @functools.cached_property
+    def _run(self) -> Launch:
+        constants = {name: value for name, value in self.constants.items() if name != "num_warps"}
+        return Launch(self.kernel, self.grid, constants, {"num_warps": self.constants["num_warps"]})
 
     def launch(self, given: dict[str, Tensor | None]) -> None:
-        """Triton's own launch looks at every argument and calls its hooks; that of a compiled kernel costs a third."""
-        tensors = [given[name] for name in self.tensors]
-        aligned = all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
-        if aligned and self.compiled is not None:
-            driver = _driver()
-            stream = driver.get_current_stream(driver.get_current_device())
-            self.compiled.run(
-                *self.grid, stream, self.compiled.function, self.compiled.packed_metadata, None, None, None,
-                *tensors, *self.integers, *self.floats, *self.constexprs,
-            )  # fmt: skip
-            return
-        compiled = kernel_named(self.kernel)[self.grid](*tensors, *self.integers, *self.floats, **self.constants)
-        if aligned:
-            self.compiled = compiled  # None under the interpreter
-            self.constexprs = tuple(v for name, v in self.constants.items() if name != "num_warps")
+        arguments = [given[name] for name in self.tensors]
+        aligned = all(t is None or t.data_ptr() % 16 == 0 for t in arguments)
+        (self._run if aligned else self._run.by_triton)(*arguments, *self.integers, *self.floats)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,20 +94,6 @@ def supports(norm: Norm, operands: Operands, border: Border) -> str | None:
 def refusal(norm: Norm, operands: Operands, border: Border) -> str | None:
     """Why these operands run in the reference and not in the kernels, or None: `supports`, and the device."""
     return device_refusal(operands.x.device.type) or supports(norm, operands, border)
-
-
-@functools.cache
-def kernel_named(name: str) -> Any:
-    """Triton is imported by the first launch only."""
-    module, _, function = name.partition(".")
-    return getattr(importlib.import_module(f"pvae.kernels.{module}"), function)
-
-
-@functools.cache
-def _driver() -> Any:
-    from triton.runtime import driver
-
-    return driver.active
 
 
 @functools.lru_cache(maxsize=4096)

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from pvae.kernels.channels_last import FORMATS
 from pvae.kernels.conv_taps_config import Config, candidate_configs, default_config
-from pvae.kernels.conv_taps_launch import FLOATS, Call, Memory, Plan, make_plan, on_device
+from pvae.kernels.conv_taps_launch import FLOATS, Call, Memory, Operands, Plan, launch_on, make_plan
 from pvae.kernels.norm_launch import device_refusal
 from pvae.kernels.norm_op import functional_op
 
@@ -195,12 +195,12 @@ def conv_taps(
     Fast if x is channels_last already; else it is copied so. fp32 multiplies in tf32 where torch's convolutions may.
     Raises ValueError where the arguments do not go together.
     """
-    tensors = (x, before, weight, bias, residual, after)
-    read: Any = [None if t is None else Memory(t.shape, t.stride(), t.dtype, t.device) for t in tensors]
+    operands = Operands(x, before, weight, bias, residual, after)
+    read: Any = [None if t is None else Memory(t.shape, t.stride(), t.dtype, t.device) for t in operands]
     call = Call(
         read[0], read[1], read[2], read[3], read[4],
         tuple(stride), tuple(padding), tuple(dilation), upsample, activation, tuple(config),
-        not any(t is not None and t.data_ptr() % 16 for t in tensors),
+        not any(t is not None and t.data_ptr() % 16 for t in operands),
         x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32, read[5],
     )  # fmt: skip
     ready = _ready(call)
@@ -209,7 +209,7 @@ def conv_taps(
         return y.clone(memory_format=FORMATS[x.dim()])
     y = torch.empty_strided(ready.shape, ready.strides, dtype=x.dtype, device=x.device)
     if ready.plan is not None:
-        on_device(x.device, ready.plan.launch, *tensors, y)
+        launch_on(x.device, ready.plan, operands, y)
     return y
 
 

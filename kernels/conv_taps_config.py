@@ -6,13 +6,15 @@ Two kernels take the same seven numbers. `warps` tells them apart: Hopper's has 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 
 HOPPER_WARPS = 9
 POSITIONS = 64  # of one tensor core product of Hopper's kernel
+WIDTHS = (64, 32, 16)  # of a product in Hopper's kernel
 SHARED_BYTES = 227 * 1024  # of a Hopper multiprocessor
 COLUMNS = ((128, 64), (128, 0), (64, 32), (64, 0), (32, 0), (16, 0))
 
@@ -22,7 +24,8 @@ class Config:
     """Launch parameters of `conv_taps_kernel`, or with 9 warps of `conv_taps_hopper`.
 
     height, width     output positions of a tile. Powers of two; Hopper: a width of 16 to 64, and as height a multiple of
-                      two products of 64 positions, one for each of the two groups of warps
+                      two products of 64 positions, one for each of the two groups of warps; or, turned, a height of 16
+                      to 64 and such a multiple as width
     columns0/1        output channels of a tile, in two powers of two; columns1 may be 0
     depth             channels a step (a power of two)
     warps, stages     of a program; loads in flight (Hopper: at most, as shared memory allows)
@@ -42,17 +45,18 @@ class Config:
         if len(numbers) != 7:
             raise ValueError(f"conv_taps: config has 7 numbers ({', '.join(cls.__annotations__)}), not {list(numbers)}")
         config = cls(*numbers)
-        powers = [config.width, config.columns0, config.columns1 or 1, config.depth]
+        upright = config.upright()
+        powers = [upright.width, config.columns0, config.columns1 or 1, config.depth]
         if not config.hopper:
             powers += [config.height, config.warps]
         if any(n < 1 or n & (n - 1) for n in powers) or config.depth < 16 or config.columns0 < 16:
             raise ValueError(f"conv_taps: {config} is not of powers of two with depth and columns0 of at least 16")
         if config.columns1 and config.columns1 < 16:
             raise ValueError(f"conv_taps: {config} has columns1 below 16")
-        if config.hopper and not (config.width in (16, 32, 64) and config.rows >= 1 and config.stages >= 2):
-            raise ValueError(f"conv_taps: {config} is none of Hopper's: width 16, 32 or 64, and 2 stages or more")
+        if config.hopper and not (upright.width in WIDTHS and config.rows >= 1 and config.stages >= 2):
+            raise ValueError(f"conv_taps: {config} is none of Hopper's: a side of 16, 32 or 64, and 2 stages or more")
         if config.hopper and config.height * config.width != 2 * POSITIONS * config.rows:
-            raise ValueError(f"conv_taps: the height of {config} is no multiple of {2 * POSITIONS // config.width}")
+            raise ValueError(f"conv_taps: a side of {config} is no multiple of {2 * POSITIONS // upright.width}")
         return config
 
     @property
@@ -61,13 +65,22 @@ class Config:
         return self.warps == HOPPER_WARPS
 
     @property
+    def turned(self) -> bool:
+        """Whether a product's positions lie along the picture's height (Hopper)."""
+        return self.hopper and self.width not in WIDTHS
+
+    def upright(self) -> Config:
+        """With the side along which a product's positions lie as width."""
+        return replace(self, height=self.width, width=self.height) if self.turned else self
+
+    @property
     def rows(self) -> int:
         """Products of each of the two groups of warps (Hopper)."""
         return self.height * self.width // (2 * POSITIONS)
 
     def fragments(self, kernel_h: int) -> int:
-        """Blocks of 64 positions that a step of Hopper's kernel loads."""
-        apart = 1 if kernel_h == 1 else POSITIONS // self.width
+        """Blocks of 64 positions that a step of Hopper's kernel loads; `kernel_h` taps lie across its rows."""
+        apart = 1 if kernel_h == 1 else POSITIONS // self.upright().width
         return apart * (2 * self.rows - 1) + kernel_h
 
     def stages_that_fit(self, kernel_h: int, itemsize: int) -> int:
@@ -90,7 +103,11 @@ def is_hopper(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Work:
-    """What the choice of a Hopper config looks at. `frames`: all that are written, four times as many if enlarged."""
+    """What the choice of a Hopper config looks at.
+
+    frames       all that are written, four times as many if enlarged
+    dilations    in height and in width
+    """
 
     channels: int
     out_channels: int
@@ -100,6 +117,13 @@ class Work:
     width: int
     dtype: torch.dtype
     processors: int = 132
+    dilations: tuple[int, int] = (1, 1)
+
+    def turned(self) -> Work:
+        """With height and width in each other's place."""
+        kt, kh, kw = self.kernel
+        dilations = (self.dilations[1], self.dilations[0])
+        return replace(self, kernel=(kt, kw, kh), height=self.width, width=self.height, dilations=dilations)
 
 
 def hopper_clocks(work: Work, config: Config) -> float:
@@ -107,6 +131,8 @@ def hopper_clocks(work: Work, config: Config) -> float:
 
     A model: within 10 % of what was measured on H200 with 96 to 384 channels (docs/measurements.md).
     """
+    if config.turned:
+        work, config = work.turned(), config.upright()
     kt, kh, kw = work.kernel
     size, columns, products = work.dtype.itemsize, config.columns0 + config.columns1, 2 * config.rows
     bytes_a, bytes_b = config.fragments(kh) * POSITIONS * config.depth * size, kh * columns * config.depth * size
@@ -130,23 +156,24 @@ def hopper_clocks(work: Work, config: Config) -> float:
 
 
 def hopper_configs(work: Work) -> list[Config]:
-    """Those that fit, the fastest by `hopper_clocks` first."""
+    """Those that fit, the fastest by `hopper_clocks` first. A kernel is dense along the side that its taps share."""
+    every = list(_upright_configs(work)) if work.dilations[0] == 1 else []
+    if work.dilations[1] == 1:
+        turned = (replace(c, height=c.width, width=c.height) for c in _upright_configs(work.turned()))
+        every += [config for config in turned if config.turned]  # 32 by 16 is upright
+    return sorted(every, key=lambda config: hopper_clocks(work, config))
+
+
+def _upright_configs(work: Work) -> Iterator[Config]:
     size = work.dtype.itemsize
     depths = [d // (size // 2) for d in (16, 32, 64)]
     # More channels a step than there are, or columns than are written, are zeros.
     depths = [d for d in depths if d >= 16 and (d < 2 * work.channels or d == 16)]
     columns = [c for c in COLUMNS if sum(c) < 2 * work.out_channels or sum(c) == 16]
-    found = []
-    for width in (64, 32, 16):
-        for rows in range(1, 7):
-            for c0, c1 in columns:
-                if rows * (c0 + c1) // 2 > 192:
-                    continue
-                for depth in depths:
-                    config = Config(2 * rows * POSITIONS // width, width, c0, c1, depth, HOPPER_WARPS, 4)
-                    if config.stages_that_fit(work.kernel[1], size) >= 2:
-                        found.append(config)
-    return sorted(found, key=lambda config: hopper_clocks(work, config))
+    for width, rows, (c0, c1), depth in itertools.product(WIDTHS, range(1, 7), columns, depths):
+        config = Config(2 * rows * POSITIONS // width, width, c0, c1, depth, HOPPER_WARPS, 4)
+        if rows * (c0 + c1) // 2 <= 192 and config.stages_that_fit(work.kernel[1], size) >= 2:
+            yield config
 
 
 def _columns(out_channels: int) -> tuple[int, int]:

@@ -69,6 +69,17 @@ def _tile(tile, blocks_n, frames, w_out, HEIGHT: gl.constexpr, WIDTH: gl.constex
 
 
 @gluon.jit
+def _corner(phase, TURNED: gl.constexpr):
+    """An enlarged picture's phase along the rows' axis of the tile, and along its positions'."""
+    row = phase // 2
+    position = phase % 2
+    if TURNED:
+        row = phase % 2
+        position = phase // 2
+    return row, position
+
+
+@gluon.jit
 def _taps(t, kt, stride_t, dilation_t, pad_t, t_all):
     """The taps in time, from and to, that read frames which exist; the others would add zeros."""
     start = pad_t - t * stride_t
@@ -87,7 +98,7 @@ def _load(
     tiles, blocks_n, frames, t_out, t_in, before_frames, after_frames, w_out, out_channels, channels,
     kt, kw, stride_t, dilation_t, dilation_w, pad_t, pad_h, pad_w,
     KH: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr, BN0: gl.constexpr, BN1: gl.constexpr, BK: gl.constexpr,
-    STAGES: gl.constexpr, UPSAMPLE: gl.constexpr,
+    STAGES: gl.constexpr, UPSAMPLE: gl.constexpr, TURNED: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: every step of every tile, each when its stage is empty."""
     FRAGMENTS: gl.constexpr = fragments(GROUPS * ROWS, KH, WIDTH)
@@ -101,12 +112,13 @@ def _load(
         n = frame // t_out
         t = frame % t_out
         first, last = _taps(t, kt, stride_t, dilation_t, pad_t, before_frames + t_in + after_frames)
-        h = h0 - pad_h + corner // 2
+        corner_h, corner_w = _corner(corner, TURNED)
+        h = h0 - pad_h + corner_h
         row = corner * out_channels + column * (BN0 + BN1)
         for dt in range(first, last):
             f = t * stride_t + dt * dilation_t - pad_t
             for dw in range(kw):
-                w = w0 + dw * dilation_w - pad_w + corner % 2
+                w = w0 + dw * dilation_w - pad_w + corner_w
                 for c in range(0, channels, BK):
                     mbarrier.wait(empty.index(stage), phase)
                     bar = full.index(stage)
@@ -131,6 +143,8 @@ def _load(
                             )  # fmt: skip
                     for dh in range(KH):
                         tap = (dt * KH + dh) * kw + dw
+                        if TURNED:
+                            tap = (dt * kw + dw) * KH + dh
                         b = stage * KH + dh
                         tma.async_copy_global_to_shared(weight0, [tap, row, c], bar, b0_smem.index(b))
                         if BN1 > 0:
@@ -144,7 +158,7 @@ def _load(
 @gluon.jit
 def _finish(
     acc, bias, residual, y, y_smem, frame, h0, w0, corner, first, h_out, w_out, channels,
-    WIDTH: gl.constexpr, UPSAMPLE: gl.constexpr, ACTIVATION: gl.constexpr,
+    WIDTH: gl.constexpr, UPSAMPLE: gl.constexpr, ACTIVATION: gl.constexpr, TURNED: gl.constexpr,
 ):  # fmt: skip
     """Bias, residual, activation and cast of one product's columns, into shared memory, or to where they belong."""
     layout: gl.constexpr = acc.type.layout
@@ -161,11 +175,15 @@ def _finish(
         height = h_out
         width = w_out
         if UPSAMPLE:
-            h = 2 * h + corner // 2
-            w = 2 * w + corner % 2
+            corner_h, corner_w = _corner(corner, TURNED)
+            h = 2 * h + corner_h
+            w = 2 * w + corner_w
             height = 2 * h_out
             width = 2 * w_out
-        where = (((frame.to(gl.int64) * height + h) * width + w) * channels)[:, None] + cols[None, :]
+        pixel = (frame.to(gl.int64) * height + h) * width + w
+        if TURNED:
+            pixel = (frame.to(gl.int64) * width + w) * height + h
+        where = (pixel * channels)[:, None] + cols[None, :]
     if residual is not None:
         acc += gl.load(residual + where, mask=mask, other=0.0).to(gl.float32)
     if ACTIVATION == "silu":
@@ -184,7 +202,7 @@ def _multiply(
     tiles, blocks_n, frames, t_out, t_in, before_frames, after_frames, h_out, w_out, out_channels, channels,
     kt, kw, stride_t, dilation_t, pad_t,
     KH: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr, BN0: gl.constexpr, BN1: gl.constexpr, BK: gl.constexpr,
-    STAGES: gl.constexpr, UPSAMPLE: gl.constexpr, ACTIVATION: gl.constexpr,
+    STAGES: gl.constexpr, UPSAMPLE: gl.constexpr, ACTIVATION: gl.constexpr, TURNED: gl.constexpr,
 ):  # fmt: skip
     """One of the groups that multiply: ROWS products of every tile."""
     ROWS_OF_PRODUCT: gl.constexpr = M // WIDTH
@@ -253,24 +271,24 @@ def _multiply(
             if y0 is None:
                 _finish(
                     acc0[i], bias, residual, y, None, frame, h, w0, corner, col, h_out, w_out, out_channels,
-                    WIDTH, UPSAMPLE, ACTIVATION,
+                    WIDTH, UPSAMPLE, ACTIVATION, TURNED,
                 )  # fmt: skip
                 if BN1 > 0:
                     _finish(
                         acc1[i], bias, residual, y, None, frame, h, w0, corner, col + BN0, h_out, w_out, out_channels,
-                        WIDTH, UPSAMPLE, ACTIVATION,
+                        WIDTH, UPSAMPLE, ACTIVATION, TURNED,
                     )  # fmt: skip
             else:
                 # The stores before have read the buffers that are now overwritten.
                 tma.store_wait(0)
                 _finish(
                     acc0[i], bias, residual, y, y0_smem.index(group), frame, h, w0, corner, col, h_out, w_out,
-                    out_channels, WIDTH, UPSAMPLE, ACTIVATION,
+                    out_channels, WIDTH, UPSAMPLE, ACTIVATION, TURNED,
                 )  # fmt: skip
                 if BN1 > 0:
                     _finish(
                         acc1[i], bias, residual, y, y1_smem.index(group), frame, h, w0, corner, col + BN0, h_out, w_out,
-                        out_channels, WIDTH, UPSAMPLE, ACTIVATION,
+                        out_channels, WIDTH, UPSAMPLE, ACTIVATION, TURNED,
                     )  # fmt: skip
                 fence_async_shared()  # what threads wrote is seen by TMA
                 at = (corner % 2) * out_channels + col
@@ -327,6 +345,7 @@ def conv_taps_hopper(
     OUT_UNIT: gl.constexpr,
     UPSAMPLE: gl.constexpr,
     ACTIVATION: gl.constexpr,
+    TURNED: gl.constexpr,
 ):
     """As `conv_taps_kernel`, for stride 1 in H and W and dilation 1 in H. Descriptors:
 
@@ -335,7 +354,8 @@ def conv_taps_hopper(
     weight0/1     [taps, O or 4 * O, C], blocks [1, BN0 or BN1, BK]; `weight1` is None without BN1
     y0/1          [N * T', H, P, W, P * O] with P of 2 if UPSAMPLE and else 1, blocks of one product; None: stored at `y`
 
-    Tiles are `frames` = N * T' by rows by columns; out_channels = out_units * OUT_UNIT. ROWS: products of a group.
+    Tiles are `frames` = N * T' by rows by columns; out_channels = out_units * OUT_UNIT. ROWS: products of a group. TURNED:
+    a tile's rows are columns of the picture, and H and W change places in all of the above but the order of taps.
     """
     FRAGMENTS: gl.constexpr = fragments(GROUPS * ROWS, KH, WIDTH)
     HEIGHT: gl.constexpr = M // WIDTH
@@ -364,18 +384,18 @@ def conv_taps_hopper(
             0, a_smem, b0_smem, b1_smem, full, empty, bias, residual, y, y0, y1, y0_smem, y1_smem,
             tiles, blocks_n, frames, t_out, t_in, before_frames, after_frames, h_out, w_out, out_channels, channels,
             kt, kw, stride_t, dilation_t, pad_t,
-            KH, ROWS, WIDTH, BN0, BN1, BK, STAGES, UPSAMPLE, ACTIVATION,
+            KH, ROWS, WIDTH, BN0, BN1, BK, STAGES, UPSAMPLE, ACTIVATION, TURNED,
         )),
         (_multiply, (
             1, a_smem, b0_smem, b1_smem, full, empty, bias, residual, y, y0, y1, y0_smem, y1_smem,
             tiles, blocks_n, frames, t_out, t_in, before_frames, after_frames, h_out, w_out, out_channels, channels,
             kt, kw, stride_t, dilation_t, pad_t,
-            KH, ROWS, WIDTH, BN0, BN1, BK, STAGES, UPSAMPLE, ACTIVATION,
+            KH, ROWS, WIDTH, BN0, BN1, BK, STAGES, UPSAMPLE, ACTIVATION, TURNED,
         )),
         (_load, (
             x, before, after, weight0, weight1, a_smem, b0_smem, b1_smem, full, empty,
             tiles, blocks_n, frames, t_out, t_in, before_frames, after_frames, w_out, out_channels, channels,
             kt, kw, stride_t, dilation_t, dilation_w, pad_t, pad_h, pad_w,
-            KH, ROWS, WIDTH, BN0, BN1, BK, STAGES, UPSAMPLE,
+            KH, ROWS, WIDTH, BN0, BN1, BK, STAGES, UPSAMPLE, TURNED,
         )),
     ], [4, 1], [REGISTERS, LOADER_REGISTERS])  # fmt: skip

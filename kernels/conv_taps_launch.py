@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from pvae.kernels.channels_last import FORMATS
-from pvae.kernels.conv_taps_config import Config, Work, default_config, hopper_configs, is_hopper
+from pvae.kernels.conv_taps_config import POSITIONS, Config, Work, default_config, hopper_configs, is_hopper
+from pvae.kernels.triton_launch import Launch, kernel_named
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+TMA_TF32 = 11  # CU_TENSOR_MAP_DATA_TYPE_TFLOAT32
 DESCRIPTOR_STRIDE = 2**40  # bytes; a TMA descriptor's strides are below it
 
 
@@ -55,35 +57,16 @@ class Call(NamedTuple):
 
 
 class Descriptor:
-    """What Triton's launcher reads of a `TensorDescriptor`, unchecked: the first launch has checked one like it."""
+    """What Triton's launcher reads of a `TensorDescriptor`, unchecked: the first launch has checked one like it.
 
-    __slots__ = ("base", "shape", "strides")
+    `round_f32_to_tf32`: the load rounds to nearest; else tensor cores cut fp32 off, at twice the error.
+    """
+
+    __slots__ = ("base", "round_f32_to_tf32", "shape", "strides")
     padding = "zero"
-    round_f32_to_tf32 = False
 
-    def __init__(self, base: Tensor, shape: list[int], strides: list[int]) -> None:
-        self.base, self.shape, self.strides = base, shape, strides
-
-
-@functools.cache
-def _kernel() -> Any:
-    from pvae.kernels.conv_taps_kernel import conv_taps_kernel  # Triton is imported by the first launch only
-
-    return conv_taps_kernel
-
-
-@functools.cache
-def _hopper_kernel() -> Any:
-    from pvae.kernels.conv_taps_hopper import conv_taps_hopper
-
-    return conv_taps_hopper
-
-
-@functools.cache
-def _driver() -> Any:
-    from triton.runtime import driver
-
-    return driver.active
+    def __init__(self, base: Tensor, shape: list[int], strides: list[int], round_f32_to_tf32: bool) -> None:
+        self.base, self.shape, self.strides, self.round_f32_to_tf32 = base, shape, strides, round_f32_to_tf32
 
 
 @functools.cache
@@ -180,19 +163,21 @@ class Problem:
         )
 
 
-class Plan:
-    """Launches calls of one kind. Takes the op's tensors and y, which is dense in channels_last(_3d)."""
+class Operands(NamedTuple):
+    """The op's tensors."""
 
-    def launch(
-        self,
-        x: Tensor,
-        before: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        after: Tensor | None,
-        y: Tensor,
-    ) -> None:
+    x: Tensor
+    before: Tensor | None
+    weight: Tensor
+    bias: Tensor | None
+    residual: Tensor | None
+    after: Tensor | None
+
+
+class Plan:
+    """Launches calls of one kind; y is dense in channels_last(_3d)."""
+
+    def launch(self, operands: Operands, y: Tensor) -> None:
         raise NotImplementedError
 
 
@@ -215,16 +200,8 @@ class TritonPlan(Plan):
         self.tile = (cut.height, cut.width, cut.columns0, cut.columns1, cut.depth)
         self.warps, self.stages = cut.warps, cut.stages
 
-    def launch(
-        self,
-        x: Tensor,
-        before: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        after: Tensor | None,
-        y: Tensor,
-    ) -> None:
+    def launch(self, operands: Operands, y: Tensor) -> None:
+        x, before, weight, bias, residual, after = operands
         if after is not None:
             x = torch.cat([x, after], 2)
         source = _source(_five(x), None if before is None else _five(before))
@@ -233,7 +210,7 @@ class TritonPlan(Plan):
             bias = bias.contiguous()
         if residual is not None:
             residual = residual.contiguous(memory_format=FORMATS[residual.dim()])
-        _kernel()[self.grid](
+        kernel_named("conv_taps_kernel.conv_taps_kernel")[self.grid](
             source.base, weight, bias, residual, y, source.which, *source.strides,
             int(source.before_first), source.before_frames, source.x.shape[2], *self.sizes,
             *self.constants, source.before_frames > 0, *self.options, *self.tile,
@@ -249,8 +226,14 @@ class HopperPlan(Plan):
         x, before, weight, bias, residual, after = (m and m.tensor() for m in (*call[:5], call.after))
         assert x is not None and weight is not None
         n, channels, out, size = x.shape[0], x.shape[1], problem.out, x.element_size()
-        (kt, kh, kw), frames = problem.kernel, n * problem.frames_out
-        h_out, w_out = problem.h_out, problem.w_out
+        frames, upright = n * problem.frames_out, cut.upright()
+        kt, *kernel = problem.kernel
+        picture, pads, dilations = [problem.h_out, problem.w_out], list(problem.padding[2::2]), problem.dilation[1:]
+        # Along the rows of a tile, then along the positions of a row.
+        sides = (1, 0) if cut.turned else (0, 1)
+        (kh, kw), (h_out, w_out), (pad_h, pad_w) = ([pair[i] for i in sides] for pair in (kernel, picture, pads))
+        if dilations[sides[0]] != 1:
+            raise ValueError(f"conv_taps: {cut} takes no dilation in {'width' if cut.turned else 'height'}")
 
         def is_dense(t: Tensor | None) -> bool:
             return t is None or t.is_contiguous(memory_format=FORMATS.get(t.dim(), torch.contiguous_format))
@@ -266,17 +249,22 @@ class HopperPlan(Plan):
         def memory(t: Tensor, copied: bool) -> tuple[list[int], list[int]]:
             t = _five(t)
             t = t.clone(memory_format=torch.channels_last_3d) if copied else t
-            return [t.shape[d] for d in (0, 2, 3, 4, 1)], [*_dense_strides(t), 1]
+            return turned([t.shape[d] for d in (0, 2, 3, 4, 1)], 2), turned([*_dense_strides(t), 1], 2)
 
-        height, pixels = 64 // cut.width, 2 if call.upsample else 1
+        def turned(sizes: list[int], dim: int, other: int = 3) -> list[int]:
+            if cut.turned:
+                sizes[dim], sizes[other] = sizes[other], sizes[dim]
+            return sizes
+
+        height, width, pixels = POSITIONS // upright.width, upright.width, 2 if call.upsample else 1
         taps, c0, c1 = kt * kh * kw, cut.columns0, cut.columns1
-        fragment = [1, 1, height, cut.width, cut.depth]
+        fragment = [1, 1, height, width, cut.depth]
         earlier = before if self.has_before and before is not None else x
         later = after if self.has_after and after is not None else x
-        row = pixels * w_out * out
+        row = pixels * problem.w_out * out
         y_memory = (
             [frames, h_out, pixels, w_out, pixels * out],
-            [pixels * h_out * row, pixels * row, row, pixels * out, 1],
+            turned([pixels * problem.h_out * row, pixels * row, row, pixels * out, 1], 1),
         )
         weight_memory = [taps, weight.shape[0], channels], [channels, taps * channels, 1]
         # A block of columns would reach into the next pixel's, or a row of them is not of 16 bytes.
@@ -288,11 +276,11 @@ class HopperPlan(Plan):
             (*memory(later, self.copies[5 if self.has_after else 0]), fragment),
             (*weight_memory, [1, c0, cut.depth]),
             (*weight_memory, [1, c1, cut.depth]) if c1 else None,
-            None if self.stores else (*y_memory, [1, height, 1, cut.width, c0]),
-            None if self.stores or not c1 else (*y_memory, [1, height, 1, cut.width, c1]),
+            None if self.stores else (*y_memory, [1, height, 1, width, c0]),
+            None if self.stores or not c1 else (*y_memory, [1, height, 1, width, c1]),
         ]
         blocks_n = -(-out // (c0 + c1))
-        tiles = frames * -(-h_out // cut.height) * -(-w_out // cut.width) * blocks_n * (4 if call.upsample else 1)
+        tiles = frames * -(-h_out // upright.height) * -(-w_out // width) * blocks_n * (4 if call.upsample else 1)
         unit = math.gcd(out, 8)
         before_frames = earlier.shape[2] if self.has_before else 0
         after_frames = later.shape[2] if self.has_after else 0
@@ -300,51 +288,48 @@ class HopperPlan(Plan):
         self.integers = (
             tiles, blocks_n, frames, problem.frames_out, _five(x).shape[2], before_frames, after_frames,
             h_out, w_out, out // unit,
-            channels, kt, kw, problem.stride[0], problem.dilation[0], problem.dilation[2], *problem.padding[::2],
+            channels, kt, kw, problem.stride[0], problem.dilation[0], dilations[sides[1]], problem.padding[0], pad_h, pad_w,
         )  # fmt: skip
         stages = cut.stages_that_fit(kh, size)
         if stages < 2:
             raise ValueError(f"conv_taps: {cut} has no room for two stages of a kernel {kh} rows high: a lower one has")
-        self.constexprs = (kh, cut.rows, cut.width, c0, c1, cut.depth, stages, unit, call.upsample, call.activation)
-        self.compiled: Any = None
+        constants = {
+            "KH": kh, "ROWS": cut.rows, "WIDTH": width, "BN0": c0, "BN1": c1, "BK": cut.depth, "STAGES": stages,
+            "OUT_UNIT": unit, "UPSAMPLE": call.upsample, "ACTIVATION": call.activation, "TURNED": cut.turned,
+        }  # fmt: skip
+        # 168 registers, 12 warps of them, until the kernel gives each warp its own.
+        self.run = Launch("conv_taps_hopper.conv_taps_hopper", self.grid, constants, {"num_warps": 4, "maxnreg": 168})
+        self.dtype = x.dtype
+        self.tf32 = [x.dtype == torch.float32 and i < 5 for i in range(len(self.descriptors))]  # what is loaded
 
-    def launch(
-        self,
-        x: Tensor,
-        before: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        after: Tensor | None,
-        y: Tensor,
-    ) -> None:
+    def launch(self, operands: Operands, y: Tensor) -> None:
         if any(self.copies):
-            x, before, weight, bias, residual, after = (
+            operands = Operands._make(
                 t.clone(memory_format=FORMATS.get(t.dim(), torch.contiguous_format)) if copy and t is not None else t
-                for t, copy in zip((x, before, weight, bias, residual, after), self.copies, strict=True)
+                for t, copy in zip(operands, self.copies, strict=True)
             )
+        x, before, weight, bias, residual, after = operands
         bases = (x, before if self.has_before else x, after if self.has_after else x, weight, weight, y, y)
         store = y if self.stores else None
-        compiled = self.compiled
-        if compiled is not None:
-            driver = _driver()
-            stream = driver.get_current_stream(driver.get_current_device())
-            compiled.run(
-                *self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
-                *[d and Descriptor(base, d[0], d[1]) for base, d in zip(bases, self.descriptors)],  # noqa: B905
-                bias, residual, store, *self.integers, *self.constexprs,
-            )  # fmt: skip
-            return
+        if self.run.compiled is None:
+            self._compile(bases, bias, residual, store)
+        self.run.directly(
+            *[d and Descriptor(base, d[0], d[1], tf32) for base, d, tf32 in zip(bases, self.descriptors, self.tf32)],  # noqa: B905
+            bias, residual, store, *self.integers,
+        )  # fmt: skip
+
+    def _compile(self, bases: Sequence[Tensor | None], *tensors: Tensor | None) -> None:
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
         checked = [
-            d and TensorDescriptor(base, *d, _shared_layout(tuple(d[2]), x.dtype))
+            d and TensorDescriptor(base, *d, _shared_layout(tuple(d[2]), self.dtype))
             for base, d in zip(bases, self.descriptors, strict=True)
         ]
-        # 168 registers, 12 warps of them, until the kernel gives each warp its own.
-        self.compiled = _hopper_kernel()[self.grid](
-            *checked, bias, residual, store, *self.integers, *self.constexprs, num_warps=4, maxnreg=168
-        )
+        self.run.compiled = compiled = self.run.compile(*checked, *tensors, *self.integers)
+        # Triton 3.7 asks the descriptor whether to round, 3.6 nobody.
+        loads = sum(d is not None and tf32 for d, tf32 in zip(self.descriptors, self.tf32, strict=True))
+        for described in compiled.metadata.tensordesc_meta[:loads]:
+            described["elem_type"] = TMA_TF32
 
 
 def make_plan(call: Call, y_shape: Sequence[int]) -> Plan:
@@ -355,7 +340,7 @@ def make_plan(call: Call, y_shape: Sequence[int]) -> Plan:
     takes = (
         is_hopper(device)
         and problem.stride[1:] == (1, 1)
-        and problem.dilation[1] == 1
+        and 1 in problem.dilation[1:]
         and call.x.shape[1] * size % 16 == 0
         and math.prod(call.x.shape) > 0
     )
@@ -364,7 +349,8 @@ def make_plan(call: Call, y_shape: Sequence[int]) -> Plan:
     if given is None:
         phases = 4 if call.upsample else 1
         sizes = (call.x.shape[0] * problem.frames_out * phases, problem.h_out, problem.w_out)
-        work = Work(call.x.shape[1], problem.out, problem.kernel, *sizes, call.x.dtype, _processors(device))
+        dilations = (problem.dilation[1], problem.dilation[2])
+        work = Work(call.x.shape[1], problem.out, problem.kernel, *sizes, call.x.dtype, _processors(device), dilations)
         fitting = hopper_configs(work)
         if not fitting:  # a kernel too high for shared memory
             return TritonPlan(problem)
@@ -372,13 +358,13 @@ def make_plan(call: Call, y_shape: Sequence[int]) -> Plan:
     return HopperPlan(problem, given)
 
 
-def on_device(device: torch.device, launch: Callable[..., None], *tensors: Tensor | None) -> None:
+def launch_on(device: torch.device, plan: Plan, operands: Operands, y: Tensor) -> None:
     """Launch on this device whichever is the current one."""
     if device.type == "cpu" or device.index == torch.accelerator.current_device_index():
-        launch(*tensors)
+        plan.launch(operands, y)
     else:
         with torch.accelerator.device_index(device.index):
-            launch(*tensors)
+            plan.launch(operands, y)
 
 
 @functools.cache

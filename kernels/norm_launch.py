@@ -19,6 +19,7 @@ from torch import Tensor
 from pvae.kernels.norm_config import MAX_CHANNELS, Config, Work, by_rule
 from pvae.kernels.norm_layout import TWINS, Layout, Memory, Operands, check, find_layout
 from pvae.kernels.norm_reference import reference
+from pvae.kernels.triton_launch import Launch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INDEXES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -30,34 +31,24 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Plan:
-    """One kind of launch: `kernel[grid](*tensors, *integers, eps, scale_constant, **constants)`."""
+    """One kind of launch: `norm_kernel[grid](*tensors, *integers, eps, scale_constant, **constants)`."""
 
     grid: tuple[int, int, int]
     integers: tuple[int | None, ...]  # None where the kernel needs none
-    constants: dict[str, Any]  # the kernel's compile-time arguments in their order, then num_warps
-    compiled: Any = None  # what Triton made of it for tensors that begin at multiples of 16 bytes
-    constexprs: tuple[Any, ...] = ()
+    constants: dict[str, Any]  # the kernel's compile-time arguments in their order
+    warps: int
+
+    @functools.cached_property
+    def _run(self) -> Launch:
+        return Launch("norm_kernel.norm_kernel", self.grid, self.constants, {"num_warps": self.warps})
 
     def launch(self, tensors: tuple[Tensor | None, ...], eps: float, scale_constant: float) -> None:
-        """Triton's own launch looks at every argument and calls its hooks; that of a compiled kernel costs a third."""
-        aligned = True
+        arguments = (*tensors, *self.integers, eps, scale_constant)
         for tensor in tensors:
             if tensor is not None and tensor.data_ptr() % 16:
-                aligned = False
-        compiled = self.compiled
-        if aligned and compiled is not None:
-            driver = _driver()
-            stream = driver.get_current_stream(driver.get_current_device())
-            compiled.run(
-                *self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
-                *tensors, *self.integers, eps, scale_constant, *self.constexprs,
-            )  # fmt: skip
-            return
-        constants = self.constants | {"ALIGNED": aligned}
-        compiled = _kernel()[self.grid](*tensors, *self.integers, eps, scale_constant, **constants)
-        if aligned:
-            self.compiled = compiled  # None under the interpreter
-            self.constexprs = tuple(v for name, v in constants.items() if name != "num_warps")
+                self._run.by_triton(*arguments, ALIGNED=False)
+                return
+        self._run(*arguments)
 
 
 def run(
@@ -113,20 +104,6 @@ def refusal(
 
 def _signature(operands: Operands) -> tuple[Any, ...]:
     return tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in operands])
-
-
-@functools.cache
-def _kernel() -> Any:
-    from pvae.kernels.norm_kernel import norm_kernel  # Triton is imported by the first launch only
-
-    return norm_kernel
-
-
-@functools.cache
-def _driver() -> Any:
-    from triton.runtime import driver
-
-    return driver.active
 
 
 @functools.cache
@@ -244,7 +221,6 @@ def _planned(norm: str, operands: Operands, layout: Layout, config: Config) -> P
         "BLOCK": config.block,
         "ROWS": config.rows,
         "EARLY": config.early,
-        "num_warps": config.warps,
     }
     batched = layout.batches > 1
     integers = [
@@ -255,4 +231,4 @@ def _planned(norm: str, operands: Operands, layout: Layout, config: Config) -> P
     for name, m in zip(STRIDED, memory, strict=True):
         unit = 1 if name == "select" else align
         integers += [m.batch // unit if batched else None, None if m.kind == "batch" else m.row // unit]
-    return Plan(grid, tuple(integers), constants)
+    return Plan(grid, tuple(integers), constants, config.warps)

@@ -38,9 +38,9 @@ class Rates:
 
 
 # By precision, H200 at its power limit, torch 2.11 with cuDNN 9.19 (docs/measurements.md; tools/bench_conv.py). By the clock
-# 27 of 36 convolutions took what is said here within 7 %; seven of few outputs or small pictures up to a third less, two 15 %
-# more.
-# "tf32" was not measured: with an entry, fp32 that may be computed so goes like half precision wherever a form is chosen.
+# 27 of 36 convolutions in half precision took what is said here within 7 %; seven of few outputs or small pictures up to a
+# third less, two 15 % more. In tf32 ten of 13 within 13 %, three less. There cuDNN's contiguous form was measured nowhere as
+# the fastest of the shapes with more than 16 channels.
 RATES: dict[str, Rates] = {
     "half": Rates(
         three={
@@ -59,6 +59,16 @@ RATES: dict[str, Rates] = {
         },
         few_out={"native": 85e12, "channels_last": 130e12, "unfold2d": 80e12},
         clock=1.45e9,
+    ),
+    "tf32": Rates(
+        three={
+            "channels_last": ((0, 0.0), (16, 41e12), (96, 144e12), (128, 343e12), (192, 233e12), (384, 220e12),
+                              (512, 416e12)),
+            "unfold2d": ((0, 0.0), (16, 56e12), (96, 192e12), (128, 253e12), (192, 237e12), (384, 370e12), (512, 356e12)),
+        },
+        flat={"channels_last": ((0, 0.0), (16, 41e12), (96, 190e12), (128, 348e12), (192, 288e12), (256, 378e12))},
+        few_out={"channels_last": 55e12, "unfold2d": 27e12},
+        clock=1.6e9,
     ),
 }  # fmt: skip
 FEW_OUT = 16
@@ -157,14 +167,14 @@ def busy(problem: ConvProblem, units: int) -> float:
 def taps_clocks(problem: ConvProblem, units: int) -> float | None:
     """Clocks of conv_taps by the model of its Hopper kernel; None where that kernel does not take the convolution."""
     dtype = getattr(torch, "float32" if problem.precision == "tf32" else problem.precision)
-    strides, dilations = problem.stride[-2:], problem.dilation[-2:]
-    if strides != (1, 1) or dilations[0] != 1 or problem.groups != 1 or problem.channels * dtype.itemsize % 16:
+    strides, dilations = problem.stride[-2:], (problem.dilation[-2], problem.dilation[-1])
+    if strides != (1, 1) or 1 not in dilations or problem.groups != 1 or problem.channels * dtype.itemsize % 16:
         return None
     *time, height, width = problem.out_sizes
     kernel_t = problem.kernel[0] if problem.ndim == 3 else 1
     kernel = (kernel_t, problem.kernel[-2], problem.kernel[-1])
     frames = problem.batch * math.prod(time)
-    return _clocks(Work(problem.channels, problem.out_channels, kernel, frames, height, width, dtype, units))
+    return _clocks(Work(problem.channels, problem.out_channels, kernel, frames, height, width, dtype, units, dilations))
 
 
 @functools.lru_cache(maxsize=4096)

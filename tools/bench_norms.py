@@ -174,7 +174,7 @@ def measure(
     sets = rotation(form, shape, dtype, first, size)
     plan = make_plan(form.norm, first, *form.outputs(first.x))
     assert not isinstance(plan, str), plan
-    row = Row(name, shape, str(dtype).removeprefix("torch."), size, dict(plan.constants))
+    row = Row(name, shape, str(dtype).removeprefix("torch."), size, plan.constants | {"num_warps": plan.warps})
     calls: dict[str, Callable[[Any], Any]] = {}
     for baseline in baselines:
         if baseline == "eager":
@@ -220,7 +220,9 @@ def sweep(name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[i
             plan = make_plan(form.norm, first, *outputs, config)
             assert not isinstance(plan, str), plan
             results = [None if d is None else torch.empty_like(first.x, dtype=d) for d in outputs]
-            norm_kernel.warmup(*first, *results, *plan.integers, EPS, 1.0, grid=plan.grid, **plan.constants)
+            norm_kernel.warmup(
+                *first, *results, *plan.integers, EPS, 1.0, grid=plan.grid, **plan.constants, num_warps=plan.warps
+            )
     call = functools.partial(run, form.norm, eps=EPS, scale_constant=1.0, h_dtype=outputs[0], y_dtype=outputs[1])
     return size, [(timed(functools.partial(call, config=config), sets, 8), config) for config in configs]
 

@@ -12,10 +12,11 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from pvae.kernels.channel_norm_launch import Plan, Step, kernel_named, make_plan  # noqa: E402
+from pvae.kernels.channel_norm_launch import Plan, Step, make_plan  # noqa: E402
 from pvae.kernels.channel_norm_layout import Border, Operands  # noqa: E402
 from pvae.kernels.channel_norm_reference import Norm  # noqa: E402
 from pvae.kernels.channels_last import FORMATS  # noqa: E402
+from pvae.kernels.triton_launch import kernel_named  # noqa: E402
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing")
 

@@ -51,7 +51,7 @@ def assembly(norm: str, operands: Operands, target: GPUTarget, config: Config | 
     plan = make_plan(norm, operands, h, y, config, target.warp_size)
     assert not isinstance(plan, str), plan
     constants = dict(plan.constants)
-    warps = constants.pop("num_warps")
+    warps = plan.warps
     dtypes = {name: None if t is None else t.dtype for name, t in operands._asdict().items()} | {"h": h, "y": y}
     numbers = dict(zip(INTEGERS, plan.integers, strict=True))
     signature, attributes = {}, {}
@@ -79,7 +79,7 @@ def test_the_plan_names_the_constants_in_the_kernels_order() -> None:
 
     plan = make_plan("layer", examples((1, 4, 64), BF16), None, BF16)
     assert not isinstance(plan, str)
-    assert [*plan.constants] == [*norm_kernel.arg_names[1 - len(plan.constants) :], "num_warps"]
+    assert [*plan.constants] == norm_kernel.arg_names[-len(plan.constants) :]
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -10,7 +10,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from pvae.kernels.channel_norm_launch import kernel_named  # noqa: E402
+from pvae.kernels.triton_launch import kernel_named  # noqa: E402
 from pvae.kernels.wide_attention import MOST_COLUMNS, weigh_step  # noqa: E402
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing")
