@@ -23,6 +23,12 @@ OUTSIDE = tl.constexpr(1 << 24)
 
 
 @triton.jit
+def _nearest_tf32(x):
+    """Rounded to the 10 bits of mantissa that tensor cores take: they cut the others off, at twice the error."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _weights(at, first_row, first_col, out_channels, K, inside, BN: tl.constexpr):
     """The weights [BK, BN] of one step, for BN rows of the weight matrix."""
     n = tl.arange(0, BN)
@@ -149,11 +155,15 @@ def conv_taps_kernel(
         b0 = _weights(weights, weight_row, first_col, out_channels, K, c < CHANNELS, BN0)
         if UPCAST:
             a, b0 = a.to(tl.float32), b0.to(tl.float32)
+        if PRECISION == "tf32":
+            a, b0 = _nearest_tf32(a), _nearest_tf32(b0)
         acc0 = tl.dot(a, b0, acc0, input_precision=PRECISION)
         if BN1 > 0:
             b1 = _weights(weights, weight_row + BN0, first_col + BN0, out_channels, K, c < CHANNELS, BN1)
             if UPCAST:
                 b1 = b1.to(tl.float32)
+            if PRECISION == "tf32":
+                b1 = _nearest_tf32(b1)
             acc1 = tl.dot(a, b1, acc1, input_precision=PRECISION)
 
     h = h0 + row // BW

@@ -194,7 +194,7 @@ class TritonPlan(Plan):
         blocks = -(-h_out // cut.height) * -(-w_out // cut.width) * -(-out // (cut.columns0 + cut.columns1))
         self.grid = (x.shape[0] * problem.frames_out * blocks * (4 if call.upsample else 1),)
         self.sizes = (*x.shape[-2:], problem.frames_out, h_out, w_out, out)
-        tf32 = call.tf32 and torch.version.hip is None
+        tf32 = call.tf32 and x.device.type == "cuda" and torch.version.hip is None
         self.constants = (channels, *problem.kernel, *problem.stride, *problem.dilation, *problem.padding[::2])
         self.options = (call.upsample, call.activation, "tf32" if tf32 else "ieee", x.device.type == "cpu")
         self.tile = (cut.height, cut.width, cut.columns0, cut.columns1, cut.depth)

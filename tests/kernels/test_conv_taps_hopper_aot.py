@@ -144,6 +144,7 @@ def test_the_rule_on_decoders() -> None:
     assert first(256, 256, (1, 3, 3), 1, 512, 512) == (4, 64, 128, 0)
     assert first(384, 384, (3, 3, 3), 1, 60, 104) == (4, 64, 64, 32)
     assert first(96, 3, (3, 3, 3), 4, 480, 832)[2:] == (16, 0)
+    assert first(384, 384, (3, 3, 3), 2, 120, 208) == (64, 4, 128, 0), "columns of 64 waste 8 of 128, rows 48 of 256"
 
 
 def test_every_config_fits() -> None:
