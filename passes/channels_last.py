@@ -15,6 +15,7 @@ from torch.fx import Graph, Node
 from pvae.kernels import channels_last as kernel
 from pvae.kernels.compact import OP as COMPACT
 from pvae.kernels.conv3d_unfold import OP as UNFOLD
+from pvae.kernels.conv_taps import OP as TAPS
 from pvae.passes.conv_forms import layout_mode
 from pvae.passes.conv_policy import chosen
 from pvae.passes.conv_rules import no_gain
@@ -86,6 +87,14 @@ def laid_last(x: Node) -> bool:
     return val.dim() in kernel.FORMATS and kernel.is_channels_last(val) and not val.is_contiguous()
 
 
+def reads_last(user: Node) -> bool:
+    """Whether `user` is a convolution, or has its operand copied to channels_last for one."""
+    if user.target in (UNFOLD, TAPS):
+        return True
+    copied = user.target is aten.contiguous.default and user.kwargs.get("memory_format") in kernel.FORMATS.values()
+    return copied or ConvNode.of(user) is not None
+
+
 class FetchChannelsLast:
     """`conv(fetch(x))` -> `conv(fetch(x, channels_last=True))`: rows travel and arrive in the order that the convolution reads.
 
@@ -100,7 +109,7 @@ class FetchChannelsLast:
     def match(self, node: Node) -> Match | Refusal | None:
         if node.target is not fetch or node.kwargs or len(node.args) == FETCH_ARGUMENTS:
             return None
-        if not any(ConvNode.of(user) is not None or user.target is UNFOLD for user in node.users):
+        if not any(map(reads_last, node.users)):
             return None
         x = value(node)
         reason = None if self.forced else no_gain(x)

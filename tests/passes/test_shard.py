@@ -233,15 +233,22 @@ def test_modulated_norms_are_fused_on_sharded_graphs() -> None:
         torch.testing.assert_close(output[0], before(*args))
 
 
-def test_fetches_for_convolutions_are_channels_last_on_every_rank() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{"channels_last": "on"}, {"conv3d": "taps"}, {"conv3d": "taps", "upsample_conv": "on"}],
+    ids=["convolution", "taps", "enlarged"],
+)
+def test_fetches_for_convolutions_are_channels_last_on_every_rank(options: dict[str, str]) -> None:
     """Also where a piece is thin or empty, and its strides could be either."""
     w = torch.randn(C, C, 3, 3, dtype=torch.float64)
 
     def before(x: Tensor, w: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2.0) if enlarged else x
         return F.conv2d(x, w, padding=1)
 
-    args = x_of(N, C, 2, W), w
-    found = shard(before, *args, passes=None, weights=1, channels_last="on")
+    enlarged = "upsample_conv" in options
+    args = x_of(N, C, 4 if enlarged else 2, W), w
+    found = shard(before, *args, passes=None, weights=1, **options)
     for gm in found.graphs:
         first, last = [n for n in gm.graph.nodes if n.target is fetch]
         assert first.args[7:] == (True,) and last.args[7:] == ()
