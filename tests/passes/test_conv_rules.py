@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +10,7 @@ from torch import Tensor
 from pvae.options import parse_options
 from pvae.passes.conv_figures import Knowledge, nearest
 from pvae.passes.conv_problem import ConvProblem
-from pvae.passes.conv_rules import RATES, START_MS, no_gain
+from pvae.passes.conv_rules import START_MS, no_gain
 from pvae.passes.tuning_store import shipped
 from tests.passes.conv_choices import NO_STORE, choices, conv, on_gpu
 
