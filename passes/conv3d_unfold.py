@@ -1,12 +1,13 @@
-"""Conv3d in the two-dimensional form that suits it.
+"""Conv3d in the two-dimensional form that suits it, and grouped pointwise convolutions as batched products.
 
     kernel == stride, no padding       linear      x as patches [N, T', H', W', C*kt*kh*kw] times the flattened weight
+    kernel 1, in groups (also conv2d)  linear      [G, O/G, C/G] times x as [G, C/G, N*T*H*W]
     one frame deep (kt == 1)           frames      conv2d on [N*T, C, H, W]
     otherwise                          unfold2d    conv2d on kt frames laid side by side as channels (kernels/conv3d_unfold.py)
 
-All three compute the same sums; only the order of summation can differ. What a causal pad in front adds (zero frames, zero
-borders) is folded into the unfold. The first two are taken wherever they can be (and `conv_taps` was not chosen); which
-convolutions take the unfold is the policy's choice (conv_policy.py). Sources: SGLang-Diffusion #34424 (ROCm), whose limits on
+All compute the same sums; only the order of summation can differ. What a causal pad in front adds (zero frames, zero
+borders) is folded into the unfold. Patches and frames are taken wherever they can be (and `conv_taps` was not chosen); which
+convolutions take the others is the policy's choice (conv_policy.py). Sources: SGLang-Diffusion #34424 (ROCm), whose limits on
 groups, dilation and padding do not apply.
 """
 
@@ -22,7 +23,7 @@ from torch.fx import Graph, Node
 
 from pvae.kernels import conv3d_unfold as kernel
 from pvae.kernels.channels_last import OP as CHANNELS_LAST
-from pvae.passes.conv_forms import is_patches, why_no_frames
+from pvae.passes.conv_forms import is_grouped_pointwise, is_patches, why_no_frames
 from pvae.passes.conv_policy import chosen, hand_over
 from pvae.passes.conv_site import zero_pad
 from pvae.passes.ir import Builder, ConvNode, PadNode, aten, known, value
@@ -83,6 +84,40 @@ class PatchesToLinear:
         if isinstance(size, int):
             return conv.out_size(dim, size)
         return build(operator.add, build(operator.floordiv, build(operator.sub, size, patch), patch), 1)
+
+
+@dataclass(frozen=True)
+class GroupsToBatchedProduct:
+    """`conv(x, w[..., :1, :1], groups=G)` -> `bmm(w as [G, O/G, C/G], x as [G, C/G, N*positions])`, in 2-D and 3-D.
+
+    x in channels_last, or a batch of one in any layout, is read as it lies; the result is channels by positions.
+    """
+
+    context: Context
+    form: str | None
+    name: str = "linear"
+
+    def match(self, node: Node) -> Match | Refusal | None:
+        conv, choice = ConvNode.of(node), chosen(node, self.context, self.form)
+        if conv is None or choice is None or not is_grouped_pointwise(conv):
+            return None
+        if choice.form == self.name:
+            return Match(node, conv, f"{conv.groups} groups of {conv.in_channels // conv.groups} channels")
+        reason = choice.why_not(self.name)
+        return Refusal(node, reason) if reason is not None else None
+
+    def rewrite(self, graph: Graph, match: Match) -> None:
+        conv, build = match.facts, Builder(match.node)
+        groups, inside, out = conv.groups, conv.in_channels // conv.groups, conv.out_channels
+        n, *positions = (build.size(conv.x, dim) for dim in range(2 + conv.ndim) if dim != 1)
+        x = build(aten.transpose.int, conv.x, 0, 1)
+        x = build(aten.reshape.default, x, [groups, inside, build.product(n, *positions)])
+        weight = build(aten.reshape.default, conv.weight, [groups, out // groups, inside])
+        y = build(aten.reshape.default, build(aten.bmm.default, weight, x), [out, n, *positions])
+        y = build(aten.transpose.int, y, 0, 1)
+        if conv.bias is not None:
+            y = build(aten.add.Tensor, y, build(aten.reshape.default, conv.bias, [out] + [1] * conv.ndim))
+        build.replace(y)
 
 
 @dataclass(frozen=True)
@@ -196,12 +231,17 @@ def _rules(context: Context, settings: Mapping[str, str]) -> list[Rule]:
     form = settings.get("form")
     if (form or context.options.conv3d) in ("native", "channels_last"):
         return []
-    return [PatchesToLinear(), FramesToConv2d(context), UnfoldTime(context, form)]
+    return [
+        PatchesToLinear(),
+        GroupsToBatchedProduct(context, form),
+        FramesToConv2d(context),
+        UnfoldTime(context, form),
+    ]
 
 
 CONV3D_UNFOLD = Pass(
     name="conv3d_unfold",
-    summary="conv3d as linear, as conv2d on frames, or as conv2d on temporally unfolded channels",
+    summary="conv3d as linear, as conv2d on frames, or as conv2d on temporally unfolded channels; grouped 1x1 as bmm",
     rules=_rules,
     options={"form": "auto|native|channels_last|unfold2d"},
 )

@@ -50,13 +50,14 @@ def passes_besides(conv: ConvNode, form: str, interpreted: bool) -> dict[str, in
     """Bytes that are moved besides the convolution where it is computed as `form`, by what for; `taps` takes all of it in.
 
     On GPUs torch adds a bias in a pass of its own, which Inductor fuses with the sum and activation behind; `linear` leaves
-    it to cuBLAS. Where all that follows is pointwise that pass is needed in any case (unless `interpreted`). A cache and
-    a pad that the convolution cannot do are a copy of its input, unless others read that too; `unfold2d` pads by itself.
+    it to cuBLAS, but for groups. Where all that follows is pointwise that pass is needed in any case (unless `interpreted`).
+    A cache and a pad that the convolution cannot do are a copy of its input, unless others read that too; `unfold2d` pads
+    by itself.
     """
     if form == "taps":
         return {}
     site, moved = site_of(conv), dict[str, int]()
-    names = ["bias"] if conv.bias is not None and form != "linear" else []
+    names = ["bias"] if conv.bias is not None and (form != "linear" or conv.groups > 1) else []
     names += ["residual"] if site.residual is not None else []
     names += [site.activation] if site.activation != "none" else []
     follows = not interpreted and bool(site.last.users) and all(map(_pointwise, site.last.users))

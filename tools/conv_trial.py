@@ -114,6 +114,13 @@ class Bench:
         p, weight = self.problem, self.weight.flatten(1)
         counts = p.out_sizes
 
+        def in_groups(x: Tensor) -> Tensor:
+            y = torch.bmm(weight.unflatten(0, (p.groups, -1)), x.transpose(0, 1).reshape(p.groups, weight.shape[1], -1))
+            return y.reshape(p.out_channels, p.batch, *counts).transpose(0, 1)
+
+        if p.groups > 1:
+            return self._laid(self.x, no_gain(self.weight) is None), in_groups
+
         def run(x: Tensor) -> Tensor:
             for i, (count, patch) in enumerate(zip(counts, p.kernel, strict=True)):
                 x = x.narrow(2 + 2 * i, 0, count * patch).unflatten(2 + 2 * i, (count, patch))

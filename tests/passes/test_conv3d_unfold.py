@@ -73,18 +73,19 @@ def test_dilation_means_nothing_in_a_kernel_of_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "stride", "rule"),
+    ("kernel", "stride", "groups", "rule"),
     [
-        ((1, 1, 1), (1, 1, 1), "linear"),
-        ((2, 4, 2), (2, 4, 2), "linear"),
-        ((1, 3, 3), (1, 2, 1), "frames"),
-        ((1, 3, 3), (2, 2, 1), None),
-        ((3, 3, 3), (2, 1, 2), "unfold2d"),
+        ((1, 1, 1), (1, 1, 1), 1, "linear"),
+        ((1, 1, 1), (1, 1, 1), 2, "linear"),
+        ((2, 4, 2), (2, 4, 2), 1, "linear"),
+        ((1, 3, 3), (1, 2, 1), 1, "frames"),
+        ((1, 3, 3), (2, 2, 1), 1, None),
+        ((3, 3, 3), (2, 1, 2), 1, "unfold2d"),
     ],
 )
-def test_every_form_with_symbolic_sizes(kernel: Any, stride: Any, rule: str | None) -> None:
+def test_every_form_with_symbolic_sizes(kernel: Any, stride: Any, groups: int, rule: str | None) -> None:
     """Sizes of batch, time, height and width may change, with no more compiles than without pvae."""
-    model = nn.Sequential(nn.Conv3d(4, 6, kernel, stride), nn.SiLU())
+    model = nn.Sequential(nn.Conv3d(4, 6, kernel, stride, groups=groups), nn.SiLU())
     plain: list[int] = []
 
     def counting(gm: Any, inputs: Any) -> Any:
@@ -112,6 +113,104 @@ def test_every_form_with_symbolic_sizes(kernel: Any, stride: Any, rule: str | No
         assert [m.rule for m in report.matches] == ([rule] if rule else [])
         if not rule:
             assert refusals([report]) == ["strides over a symbolic number of frames"]
+
+
+# --- groups as a batched product --------------------------------------------------------------------------------------
+
+
+def test_a_grouped_pointwise_convolution_is_a_batched_product() -> None:
+    def expected(x: Tensor, w: Tensor, b: Tensor) -> Any:
+        x = aten.reshape.default(aten.transpose.int(x, 0, 1), [2, 2, 640])
+        y = aten.bmm.default(aten.reshape.default(w, [2, 3, 2]), x)
+        y = aten.transpose.int(aten.reshape.default(y, [6, 2, 5, 8, 8]), 0, 1)
+        return (aten.sum.default(aten.add.Tensor(y, aten.reshape.default(b, [6, 1, 1, 1]))),)
+
+    before = sums(lambda x, w, b: F.conv3d(x, w, b, groups=2))
+    reports = assert_rewrites_to(before, expected, X, W[:, :2, :1, :1, :1], B, passes="conv3d_unfold")
+    assert [(m.rule, m.note) for m in reports[0].matches] == [("linear", "2 groups of 2 channels")]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_grouped_conv2d_reads_channels_last_as_it_lies(dtype: torch.dtype) -> None:
+    """On a GPU that need not be there; x is viewed, not copied, whatever its batch."""
+    with new_fake_mode():
+        x = torch.empty(2, 8, 5, 7, device="cuda", dtype=dtype).to(memory_format=torch.channels_last)
+        w = torch.empty(12, 2, 1, 1, device="cuda", dtype=dtype)
+    gm, reports = rewrite(sums(lambda x, w: F.conv2d(x, w, groups=4)), x, w, passes="conv3d_unfold")
+    (product,) = [n for n in gm.graph.nodes if n.target is aten.bmm.default]
+    assert [tuple(n.meta["val"].shape) for n in (*product.args, product)] == [(4, 3, 2), (4, 2, 70), (4, 3, 70)]
+    assert product.args[1].meta["val"].stride() == (2, 1, 8)
+    assert reports[0].counters["linear"] == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((6, 2, 1, 1), {"stride": 2}),
+        ((6, 2, 1, 1), {"padding": 1}),
+        ((6, 2, 1, 3), {}),
+        ((8, 1, 1, 1), {"groups": 4}),  # depthwise
+        ((6, 4, 1, 1), {"groups": 1}),
+    ],
+)
+def test_only_plain_groups_become_a_product(shape: tuple[int, ...], options: dict[str, int]) -> None:
+    _, reports = rewrite(
+        lambda x, w: F.conv2d(x, w, **{"groups": 2, **options}), X[:, :, 0], torch.randn(shape), passes="conv3d_unfold"
+    )
+    assert not reports[0].matches and not reports[0].refusals
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "reason"),
+    [
+        ("cpu", torch.bfloat16, "oneDNN's grouped convolution is kept for torch.bfloat16"),
+        ("meta", torch.float32, "no measurement for device type 'meta'"),
+    ],
+)
+def test_where_atens_grouped_convolution_is_kept(device: str, dtype: torch.dtype, reason: str) -> None:
+    x, w = X.to(device, dtype), W[:, :2, :1, :1, :1].to(device, dtype)
+    for args, call in (((x[:, :, 0], w[:, :, 0]), F.conv2d), ((x, w), F.conv3d)):
+        _, (report,) = rewrite(lambda x, w, call=call: call(x, w, groups=2), *args, passes="conv3d_unfold")
+        assert reason in refusals([report])
+        assert [m.rule for m in report.matches] == (["frames"] if call is F.conv3d else [])
+
+
+def test_another_form_can_be_asked_for() -> None:
+    args = X[:, :, 0], W[:, :2, 0, :1, :1]
+    for form in ("native", "channels_last"):
+        gm, _ = rewrite(
+            lambda x, w: F.conv2d(x, w, groups=2), *args, passes="conv_policy,conv3d_unfold", options={"conv3d": form}
+        )
+        assert not [n for n in gm.graph.nodes if n.target is aten.bmm.default]
+
+
+@given(
+    st.data(),
+    st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),
+    st.booleans(),
+    st.sampled_from(["auto", "on"]),
+)
+def test_property_grouped_pointwise(data: st.DataObject, dtype: torch.dtype, bias: bool, layout: str) -> None:
+    groups, inside, out = data.draw(st.tuples(st.integers(2, 4), st.integers(2, 5), st.integers(1, 4)))
+    positions = data.draw(st.lists(st.integers(1, 5), min_size=2, max_size=3))
+    kind = nn.Conv2d if len(positions) == 2 else nn.Conv3d
+    model = kind(groups * inside, groups * out, 1, groups=groups, bias=bias)
+    x = torch.randn(data.draw(st.integers(1, 3)), groups * inside, *positions)
+    if data.draw(st.booleans()):
+        x = x.to(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+    assert_equivalent(model, (x,), dtypes=(dtype,), options={"channels_last": layout})
+
+
+def test_two_instances_with_groups_share_one_compile() -> None:
+    models = [nn.Sequential(nn.Conv2d(6, 8, 1, groups=2), nn.SiLU(), nn.Conv2d(8, 4, 1, groups=4)) for _ in range(2)]
+    x = torch.randn(2, 6, 4, 5)
+    with torch.no_grad():
+        for model in models:
+            expected = model(x)
+            torch.testing.assert_close(pvae.compile(model)(x), expected, rtol=1e-5, atol=1e-6)
+    graphs = pvae.report(None).graphs
+    assert [g.shared_with for g in graphs] == [None, 0]
+    assert [p.counters["linear"] for p in graphs[0].passes if p.name == "conv3d_unfold"] == [2]
 
 
 # --- frames ----------------------------------------------------------------------------------------------------------

@@ -257,3 +257,22 @@ def test_debug_of_a_whole_model_with_breaks() -> None:
     x = torch.randn(1, 4, 2, 2)
     close(torch.compile(model, backend="pvae", options=EAGER)(x), model(x))
     assert len(pvae.report(model).graphs) >= 2
+
+
+@pytest.mark.parametrize("innermost", [False, True])
+def test_inductors_layouts_are_kept_off_contiguous_fp32_only(monkeypatch: pytest.MonkeyPatch, innermost: bool) -> None:
+    """oneDNN sums channels_last fp32 less exactly; a model that has channels innermost itself gains nothing by refusing it."""
+    seen: list[dict[str, Any]] = []
+    original = pvae.backend.compile_fx
+
+    def compile_fx(gm: Any, inputs: Any, patches: dict[str, Any], mode: Any) -> Any:
+        seen.append(patches)
+        return original(gm, inputs, patches, mode)
+
+    monkeypatch.setattr(pvae.backend, "compile_fx", compile_fx)
+    model, x = nn.Conv2d(3, 4, 3), torch.randn(1, 6, 7, 3).movedim(-1, 1)
+    x = x if innermost else x.contiguous()
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(pvae.compile(model)(x), expected, rtol=1e-5, atol=1e-6)
+    assert [patches.get("layout_optimization", True) for patches in seen] == [innermost]

@@ -113,6 +113,8 @@ def test_property_every_form_is_the_convolution(problem: ConvProblem) -> None:
     [
         ("1x4x5x8x6 > 6 kernel 2x4x2 stride 2x4x2", "linear"),
         ("2x4x3x8x6 > 6 kernel 1x1x1", "linear"),
+        ("2x4x3x8x6 > 6 kernel 1x1x1 groups 2", "linear"),
+        ("2x4x8x6 > 6 kernel 1x1 groups 2", "linear"),
         ("2x4x3x8x6 > 6 kernel 1x3x3 padding 0.0x1.1x1.1", "frames"),
         ("2x4x4x8x6 > 6 kernel 1x3x3 padding 0.0x0.1x1.1 stride 2x1x2 groups 2", "frames"),
     ],
