@@ -65,15 +65,14 @@ class Config:
         """Products of each of the two groups of warps (Hopper)."""
         return self.height * self.width // (2 * POSITIONS)
 
-    def fragments(self, kernel_h: int) -> int:
+    def fragments(self, kernel_h: int, stride_h: int = 1) -> int:
         """Blocks of 64 positions that a step of Hopper's kernel loads."""
-        apart = 1 if kernel_h == 1 else POSITIONS // self.width
-        return apart * (2 * self.rows - 1) + kernel_h
+        return min(kernel_h, stride_h * POSITIONS // self.width) * (2 * self.rows - 1) + kernel_h
 
-    def stages_that_fit(self, kernel_h: int, itemsize: int) -> int:
+    def stages_that_fit(self, kernel_h: int, itemsize: int, stride_h: int = 1) -> int:
         """How many of `stages` Hopper's shared memory holds, beside the tile of results."""
         columns = self.columns0 + self.columns1
-        stage = (self.fragments(kernel_h) * POSITIONS + kernel_h * columns) * self.depth * itemsize
+        stage = (self.fragments(kernel_h, stride_h) * POSITIONS + kernel_h * columns) * self.depth * itemsize
         return min(self.stages, (SHARED_BYTES - 1024 - 2 * POSITIONS * columns * itemsize) // stage)
 
     def numbers(self) -> list[int]:
@@ -100,6 +99,7 @@ class Work:
     width: int
     dtype: torch.dtype
     processors: int = 132
+    stride_h: int = 1
 
 
 def hopper_clocks(work: Work, config: Config) -> float:
@@ -109,7 +109,8 @@ def hopper_clocks(work: Work, config: Config) -> float:
     """
     kt, kh, kw = work.kernel
     size, columns, products = work.dtype.itemsize, config.columns0 + config.columns1, 2 * config.rows
-    bytes_a, bytes_b = config.fragments(kh) * POSITIONS * config.depth * size, kh * columns * config.depth * size
+    bytes_a = config.fragments(kh, work.stride_h) * POSITIONS * config.depth * size
+    bytes_b = kh * columns * config.depth * size
     ks = config.depth * size / 32  # products in depth
     in_registers = config.rows * columns // 2 <= 144 and size == 2
     reads_a = (
@@ -121,7 +122,8 @@ def hopper_clocks(work: Work, config: Config) -> float:
     math = products * kh * ks * columns / 2
     shared = (bytes_a + bytes_b + reads_a + reads_b) / 128
     l2 = (bytes_a + bytes_b) / 34
-    slower = (1.1 if config.stages_that_fit(kh, size) == 2 else 1.0) * (1.1 if config.depth * size < 64 else 1.0)
+    few = config.stages_that_fit(kh, size, work.stride_h) == 2
+    slower = (1.1 if few else 1.0) * (1.1 if config.depth * size < 64 else 1.0)
     steps = kt * kw * -(-work.channels // config.depth)
     tile = steps * (max(math, shared, l2) * slower + 60) + 1500 + 600 * config.rows
     rows, across = -(-work.height // config.height), -(-work.width // config.width)
@@ -144,7 +146,7 @@ def hopper_configs(work: Work) -> list[Config]:
                     continue
                 for depth in depths:
                     config = Config(2 * rows * POSITIONS // width, width, c0, c1, depth, HOPPER_WARPS, 4)
-                    if config.stages_that_fit(work.kernel[1], size) >= 2:
+                    if config.stages_that_fit(work.kernel[1], size, work.stride_h) >= 2:
                         found.append(config)
     return sorted(found, key=lambda config: hopper_clocks(work, config))
 

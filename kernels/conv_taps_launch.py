@@ -19,6 +19,7 @@ from pvae.kernels.channels_last import FORMATS
 from pvae.kernels.conv_taps_config import Config, Work, default_config, hopper_configs, is_hopper
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+NO_PLANES: list[Tensor | None] = [None] * 9  # beside the first, of x and of the frames before and after it
 DESCRIPTOR_STRIDE = 2**40  # bytes; a TMA descriptor's strides are below it
 
 
@@ -115,6 +116,11 @@ def _channels_innermost(x: Tensor) -> Tensor:
     if _is_loadable(x) and (x.data_ptr() % 16 == 0 or x.shape[1] % (16 // x.element_size())):
         return x
     return x.clone(memory_format=torch.channels_last_3d)
+
+
+def planes(x: Tensor, stride_h: int, stride_w: int) -> list[Tensor]:
+    """Every `stride_h`-th row and `stride_w`-th column of x [..., H, W]: views, from each row and column to begin with."""
+    return [x[..., i::stride_h, j::stride_w] for i in range(stride_h) for j in range(stride_w)]
 
 
 @dataclass(frozen=True)
@@ -263,10 +269,17 @@ class HopperPlan(Plan):
             for i, t in enumerate((x, before, weight, bias, residual, after))
         ]
 
-        def memory(t: Tensor, copied: bool) -> tuple[list[int], list[int]]:
+        strides = problem.stride[1], problem.stride[2]
+
+        def memory(t: Tensor, copied: bool) -> list[tuple[list[int], list[int]]]:
+            """Of each plane."""
             t = _five(t)
             t = t.clone(memory_format=torch.channels_last_3d) if copied else t
-            return [t.shape[d] for d in (0, 2, 3, 4, 1)], [*_dense_strides(t), 1]
+            n, f, h, w = _dense_strides(t)
+            return [
+                ([p.shape[d] for d in (0, 2, 3, 4, 1)], [n, f, strides[0] * h, strides[1] * w, 1])
+                for p in planes(t, *strides)
+            ]
 
         height, pixels = 64 // cut.width, 2 if call.upsample else 1
         taps, c0, c1 = kt * kh * kw, cut.columns0, cut.columns1
@@ -281,15 +294,20 @@ class HopperPlan(Plan):
         weight_memory = [taps, weight.shape[0], channels], [channels, taps * channels, 1]
         # A block of columns would reach into the next pixel's, or a row of them is not of 16 bytes.
         self.stores = out * size % 16 != 0 or (call.upsample and out % (c0 + c1) != 0)
+        self.strides = strides if strides != (1, 1) else None
+        of_x = memory(x, self.copies[0])
+        of_before = memory(earlier, self.copies[1]) if self.has_before else of_x[:1]
+        of_after = memory(later, self.copies[5]) if self.has_after else of_x[:1]
         # In the kernel's order: shape, strides and block.
         self.descriptors = [
-            (*memory(x, self.copies[0]), fragment),
-            (*memory(earlier, self.copies[1 if self.has_before else 0]), fragment),
-            (*memory(later, self.copies[5 if self.has_after else 0]), fragment),
+            (*of_x[0], fragment),
+            (*of_before[0], fragment),
+            (*of_after[0], fragment),
             (*weight_memory, [1, c0, cut.depth]),
             (*weight_memory, [1, c1, cut.depth]) if c1 else None,
             None if self.stores else (*y_memory, [1, height, 1, cut.width, c0]),
             None if self.stores or not c1 else (*y_memory, [1, height, 1, cut.width, c1]),
+            *((*of[i], fragment) if i < len(of) else None for of in (of_x, of_before, of_after) for i in (1, 2, 3)),
         ]
         blocks_n = -(-out // (c0 + c1))
         tiles = frames * -(-h_out // cut.height) * -(-w_out // cut.width) * blocks_n * (4 if call.upsample else 1)
@@ -302,11 +320,20 @@ class HopperPlan(Plan):
             h_out, w_out, out // unit,
             channels, kt, kw, problem.stride[0], problem.dilation[0], problem.dilation[2], *problem.padding[::2],
         )  # fmt: skip
-        stages = cut.stages_that_fit(kh, size)
+        stages = cut.stages_that_fit(kh, size, strides[0])
         if stages < 2:
             raise ValueError(f"conv_taps: {cut} has no room for two stages of a kernel {kh} rows high: a lower one has")
-        self.constexprs = (kh, cut.rows, cut.width, c0, c1, cut.depth, stages, unit, call.upsample, call.activation)
+        self.constexprs = (
+            kh, cut.rows, cut.width, c0, c1, cut.depth, stages, unit, call.upsample, call.activation, *strides,
+        )  # fmt: skip
         self.compiled: Any = None
+
+    def _other_planes(self, *read: Tensor | None) -> list[Tensor | None]:
+        """Planes beside the first, three of each tensor or None."""
+        if self.strides is None:
+            return NO_PLANES
+        each = ([] if t is None else planes(t, *self.strides)[1:] for t in read)
+        return [p for some in each for p in (*some, None, None, None)[:3]]
 
     def launch(
         self,
@@ -323,7 +350,8 @@ class HopperPlan(Plan):
                 t.clone(memory_format=FORMATS.get(t.dim(), torch.contiguous_format)) if copy and t is not None else t
                 for t, copy in zip((x, before, weight, bias, residual, after), self.copies, strict=True)
             )
-        bases = (x, before if self.has_before else x, after if self.has_after else x, weight, weight, y, y)
+        read = (x, before if self.has_before else x, after if self.has_after else x)
+        bases = (*read, weight, weight, y, y, *self._other_planes(x, before, after))
         store = y if self.stores else None
         compiled = self.compiled
         if compiled is not None:
@@ -354,7 +382,7 @@ def make_plan(call: Call, y_shape: Sequence[int]) -> Plan:
     given = Config.of(call.config) if call.config else None
     takes = (
         is_hopper(device)
-        and problem.stride[1:] == (1, 1)
+        and all(s == 1 or (s == 2 <= size) for s, size in zip(problem.stride[1:], call.x.shape[-2:], strict=True))
         and problem.dilation[1] == 1
         and call.x.shape[1] * size % 16 == 0
         and math.prod(call.x.shape) > 0
@@ -364,7 +392,9 @@ def make_plan(call: Call, y_shape: Sequence[int]) -> Plan:
     if given is None:
         phases = 4 if call.upsample else 1
         sizes = (call.x.shape[0] * problem.frames_out * phases, problem.h_out, problem.w_out)
-        work = Work(call.x.shape[1], problem.out, problem.kernel, *sizes, call.x.dtype, _processors(device))
+        work = Work(
+            call.x.shape[1], problem.out, problem.kernel, *sizes, call.x.dtype, _processors(device), problem.stride[1]
+        )
         fitting = hopper_configs(work)
         if not fitting:  # a kernel too high for shared memory
             return TritonPlan(problem)
