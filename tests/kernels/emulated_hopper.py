@@ -16,7 +16,7 @@ import numpy as np
 
 from pvae.kernels import conv_taps_hopper as module
 
-PATIENCE_S = 20.0
+PATIENCE_S = 5.0
 
 
 class Array(np.ndarray):
