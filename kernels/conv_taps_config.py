@@ -78,15 +78,14 @@ class Config:
         """Products of each of the two groups of warps (Hopper)."""
         return self.height * self.width // (2 * POSITIONS)
 
-    def fragments(self, kernel_h: int) -> int:
+    def fragments(self, kernel_h: int, stride_h: int = 1) -> int:
         """Blocks of 64 positions that a step of Hopper's kernel loads; `kernel_h` taps lie across its rows."""
-        apart = 1 if kernel_h == 1 else POSITIONS // self.upright().width
-        return apart * (2 * self.rows - 1) + kernel_h
+        return min(kernel_h, stride_h * POSITIONS // self.upright().width) * (2 * self.rows - 1) + kernel_h
 
-    def stages_that_fit(self, kernel_h: int, itemsize: int) -> int:
+    def stages_that_fit(self, kernel_h: int, itemsize: int, stride_h: int = 1) -> int:
         """How many of `stages` Hopper's shared memory holds, beside the tile of results."""
         columns = self.columns0 + self.columns1
-        stage = (self.fragments(kernel_h) * POSITIONS + kernel_h * columns) * self.depth * itemsize
+        stage = (self.fragments(kernel_h, stride_h) * POSITIONS + kernel_h * columns) * self.depth * itemsize
         return min(self.stages, (SHARED_BYTES - 1024 - 2 * POSITIONS * columns * itemsize) // stage)
 
     def numbers(self) -> list[int]:
@@ -105,8 +104,8 @@ def is_hopper(device: torch.device) -> bool:
 class Work:
     """What the choice of a Hopper config looks at.
 
-    frames       all that are written, four times as many if enlarged
-    dilations    in height and in width
+    frames                all that are written, four times as many if enlarged
+    dilations, strides    in height and in width
     """
 
     channels: int
@@ -118,12 +117,19 @@ class Work:
     dtype: torch.dtype
     processors: int = 132
     dilations: tuple[int, int] = (1, 1)
+    strides: tuple[int, int] = (1, 1)
 
     def turned(self) -> Work:
         """With height and width in each other's place."""
         kt, kh, kw = self.kernel
-        dilations = (self.dilations[1], self.dilations[0])
-        return replace(self, kernel=(kt, kw, kh), height=self.width, width=self.height, dilations=dilations)
+        return replace(
+            self,
+            kernel=(kt, kw, kh),
+            height=self.width,
+            width=self.height,
+            dilations=(self.dilations[1], self.dilations[0]),
+            strides=(self.strides[1], self.strides[0]),
+        )
 
 
 def hopper_clocks(work: Work, config: Config) -> float:
@@ -135,7 +141,8 @@ def hopper_clocks(work: Work, config: Config) -> float:
         work, config = work.turned(), config.upright()
     kt, kh, kw = work.kernel
     size, columns, products = work.dtype.itemsize, config.columns0 + config.columns1, 2 * config.rows
-    bytes_a, bytes_b = config.fragments(kh) * POSITIONS * config.depth * size, kh * columns * config.depth * size
+    bytes_a = config.fragments(kh, work.strides[0]) * POSITIONS * config.depth * size
+    bytes_b = kh * columns * config.depth * size
     ks = config.depth * size / 32  # products in depth
     in_registers = config.rows * columns // 2 <= 144 and size == 2
     reads_a = (
@@ -147,7 +154,8 @@ def hopper_clocks(work: Work, config: Config) -> float:
     math = products * kh * ks * columns / 2
     shared = (bytes_a + bytes_b + reads_a + reads_b) / 128
     l2 = (bytes_a + bytes_b) / 34
-    slower = (1.1 if config.stages_that_fit(kh, size) == 2 else 1.0) * (1.1 if config.depth * size < 64 else 1.0)
+    few = config.stages_that_fit(kh, size, work.strides[0]) == 2
+    slower = (1.1 if few else 1.0) * (1.1 if config.depth * size < 64 else 1.0)
     steps = kt * kw * -(-work.channels // config.depth)
     tile = steps * (max(math, shared, l2) * slower + 60) + 1500 + 600 * config.rows
     rows, across = -(-work.height // config.height), -(-work.width // config.width)
@@ -158,7 +166,7 @@ def hopper_clocks(work: Work, config: Config) -> float:
 def hopper_configs(work: Work) -> list[Config]:
     """Those that fit, the fastest by `hopper_clocks` first. A kernel is dense along the side that its taps share."""
     every = list(_upright_configs(work)) if work.dilations[0] == 1 else []
-    if work.dilations[1] == 1:
+    if work.dilations[1] == 1 and work.strides == (1, 1):
         turned = (replace(c, height=c.width, width=c.height) for c in _upright_configs(work.turned()))
         every += [config for config in turned if config.turned]  # 32 by 16 is upright
     return sorted(every, key=lambda config: hopper_clocks(work, config))
@@ -172,7 +180,7 @@ def _upright_configs(work: Work) -> Iterator[Config]:
     columns = [c for c in COLUMNS if sum(c) < 2 * work.out_channels or sum(c) == 16]
     for width, rows, (c0, c1), depth in itertools.product(WIDTHS, range(1, 7), columns, depths):
         config = Config(2 * rows * POSITIONS // width, width, c0, c1, depth, HOPPER_WARPS, 4)
-        if rows * (c0 + c1) // 2 <= 192 and config.stages_that_fit(work.kernel[1], size) >= 2:
+        if rows * (c0 + c1) // 2 <= 192 and config.stages_that_fit(work.kernel[1], size, work.strides[0]) >= 2:
             yield config
 
 

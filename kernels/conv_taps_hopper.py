@@ -8,6 +8,9 @@ A tap further down in height is only the next fragment. So a fragment is read on
 leave room, and multiplied with all KH taps, each into the accumulator of the output row that it belongs to: an input row is
 fetched KT * KW times and not KT * KH * KW times. With 96 channels that is the difference between waiting for L2 and not.
 
+With a stride of two in height or width a tensor is loaded as its *planes*, every second row or column of it, each with a
+descriptor of its own: a tap reads one plane at stride 1, and taps two rows apart still share fragments.
+
 Borders are what TMA fills with zeros. Frames before and behind x have descriptors of their own. Results go out by TMA,
 which clips them. The sum of an output is taken in one order whatever the other warps do: results are the same bits at
 every launch.
@@ -36,21 +39,15 @@ MAX_ACCUMULATORS = gl.constexpr(144)
 
 
 @gluon.constexpr_function
-def distance(kh: int, width: int) -> int:
-    """Fragments from that of one product to that of the next: as many as rows of a product, or only those that are used."""
-    return 1 if kh == 1 else 64 // width
+def distance(kh: int, width: int, stride: int) -> int:
+    """Fragments from that of one product to that of the next: one for each row, or only those that taps read."""
+    return min(kh, stride * 64 // width)
 
 
 @gluon.constexpr_function
-def fragments(products: int, kh: int, width: int) -> int:
+def fragments(products: int, kh: int, width: int, stride: int) -> int:
     """Fragments that so many products in a column read."""
-    return distance(kh, width) * (products - 1) + kh
-
-
-@gluon.constexpr_function
-def used(fragment: int, products: int, kh: int, width: int) -> bool:
-    """Whether one of so many products takes this fragment at any tap."""
-    return any(fragment == i * distance(kh, width) + dh for i in range(products) for dh in range(kh))
+    return distance(kh, width, stride) * (products - 1) + kh
 
 
 @gluon.jit
@@ -93,18 +90,41 @@ def _put(items, index: gl.constexpr, value):
 
 
 @gluon.jit
+def _fragments(
+    planes, n, t, h, w, c, bar, a_smem, first,
+    KH: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr, STRIDE_H: gl.constexpr, STRIDE_W: gl.constexpr,
+):  # fmt: skip
+    """Loads the fragments of a step, from row h and column w of frame t on, to a_smem from `first` on."""
+    APART: gl.constexpr = distance(KH, WIDTH, STRIDE_H)
+    ROWS_APART: gl.constexpr = STRIDE_H * M // WIDTH  # from one product to the next
+    # Rows and columns before the first are negative: `&` and `>>` are their remainder and quotient all the same.
+    for j in gl.static_range(STRIDE_W):
+        if (w & (STRIDE_W - 1)) == j:
+            # A loop that stays one: unrolled, its addresses would not fit in this warp's registers.
+            for s in range(fragments(GROUPS * ROWS, KH, WIDTH, STRIDE_H)):
+                row = h + s
+                if APART < ROWS_APART:
+                    row = h + s // APART * ROWS_APART + s % APART
+                for i in gl.static_range(STRIDE_H):
+                    if (row & (STRIDE_H - 1)) == i:
+                        tma.async_copy_global_to_shared(
+                            planes[i * STRIDE_W + j], [n, t, row >> (STRIDE_H // 2), w >> (STRIDE_W // 2), c], bar,
+                            a_smem.index(first + s),
+                        )  # fmt: skip
+
+
+@gluon.jit
 def _load(
     x, before, after, weight0, weight1, a_smem, b0_smem, b1_smem, full, empty,
     tiles, blocks_n, frames, t_out, t_in, before_frames, after_frames, w_out, out_channels, channels,
     kt, kw, stride_t, dilation_t, dilation_w, pad_t, pad_h, pad_w,
     KH: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr, BN0: gl.constexpr, BN1: gl.constexpr, BK: gl.constexpr,
-    STAGES: gl.constexpr, UPSAMPLE: gl.constexpr, TURNED: gl.constexpr,
+    STAGES: gl.constexpr, UPSAMPLE: gl.constexpr, TURNED: gl.constexpr, STRIDE_H: gl.constexpr, STRIDE_W: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: every step of every tile, each when its stage is empty."""
-    FRAGMENTS: gl.constexpr = fragments(GROUPS * ROWS, KH, WIDTH)
-    ROWS_APART: gl.constexpr = M // WIDTH if KH == 1 else 1
+    FRAGMENTS: gl.constexpr = fragments(GROUPS * ROWS, KH, WIDTH, STRIDE_H)
     HEIGHT: gl.constexpr = GROUPS * ROWS * (M // WIDTH)
-    BYTES: gl.constexpr = (FRAGMENTS * M + KH * (BN0 + BN1)) * BK * (x.dtype.primitive_bitwidth // 8)
+    BYTES: gl.constexpr = (FRAGMENTS * M + KH * (BN0 + BN1)) * BK * (a_smem.dtype.primitive_bitwidth // 8)
     stage = 0
     phase = 1  # of the parity before the first: a fresh stage counts as empty
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
@@ -113,34 +133,25 @@ def _load(
         t = frame % t_out
         first, last = _taps(t, kt, stride_t, dilation_t, pad_t, before_frames + t_in + after_frames)
         corner_h, corner_w = _corner(corner, TURNED)
-        h = h0 - pad_h + corner_h
+        h = h0 * STRIDE_H - pad_h + corner_h
         row = corner * out_channels + column * (BN0 + BN1)
         for dt in range(first, last):
             f = t * stride_t + dt * dilation_t - pad_t
             for dw in range(kw):
-                w = w0 + dw * dilation_w - pad_w + corner_w
+                w = w0 * STRIDE_W + dw * dilation_w - pad_w + corner_w
                 for c in range(0, channels, BK):
                     mbarrier.wait(empty.index(stage), phase)
                     bar = full.index(stage)
                     mbarrier.expect(bar, BYTES)
-                    # Loops that stay loops: unrolled, their addresses would not fit in this warp's registers.
+                    first_a = stage * FRAGMENTS
                     if f < before_frames:
-                        for s in range(FRAGMENTS):
-                            tma.async_copy_global_to_shared(
-                                before, [n, f, h + s * ROWS_APART, w, c], bar, a_smem.index(stage * FRAGMENTS + s)
-                            )
+                        _fragments(before, n, f, h, w, c, bar, a_smem, first_a, KH, ROWS, WIDTH, STRIDE_H, STRIDE_W)
                     elif f >= before_frames + t_in:
-                        for s in range(FRAGMENTS):
-                            tma.async_copy_global_to_shared(
-                                after, [n, f - before_frames - t_in, h + s * ROWS_APART, w, c], bar,
-                                a_smem.index(stage * FRAGMENTS + s),
-                            )  # fmt: skip
+                        g = f - before_frames - t_in
+                        _fragments(after, n, g, h, w, c, bar, a_smem, first_a, KH, ROWS, WIDTH, STRIDE_H, STRIDE_W)
                     else:
-                        for s in range(FRAGMENTS):
-                            tma.async_copy_global_to_shared(
-                                x, [n, f - before_frames, h + s * ROWS_APART, w, c], bar,
-                                a_smem.index(stage * FRAGMENTS + s),
-                            )  # fmt: skip
+                        g = f - before_frames
+                        _fragments(x, n, g, h, w, c, bar, a_smem, first_a, KH, ROWS, WIDTH, STRIDE_H, STRIDE_W)
                     for dh in range(KH):
                         tap = (dt * KH + dh) * kw + dw
                         if TURNED:
@@ -180,9 +191,10 @@ def _finish(
             w = 2 * w + corner_w
             height = 2 * h_out
             width = 2 * w_out
-        pixel = (frame.to(gl.int64) * height + h) * width + w
+        frame = gl.cast(frame, gl.int64)
+        pixel = (frame * height + h) * width + w
         if TURNED:
-            pixel = (frame.to(gl.int64) * width + w) * height + h
+            pixel = (frame * width + w) * height + h
         where = (pixel * channels)[:, None] + cols[None, :]
     if residual is not None:
         acc += gl.load(residual + where, mask=mask, other=0.0).to(gl.float32)
@@ -202,14 +214,14 @@ def _multiply(
     tiles, blocks_n, frames, t_out, t_in, before_frames, after_frames, h_out, w_out, out_channels, channels,
     kt, kw, stride_t, dilation_t, pad_t,
     KH: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr, BN0: gl.constexpr, BN1: gl.constexpr, BK: gl.constexpr,
-    STAGES: gl.constexpr, UPSAMPLE: gl.constexpr, ACTIVATION: gl.constexpr, TURNED: gl.constexpr,
+    STAGES: gl.constexpr, UPSAMPLE: gl.constexpr, ACTIVATION: gl.constexpr, TURNED: gl.constexpr, STRIDE_H: gl.constexpr,
 ):  # fmt: skip
     """One of the groups that multiply: ROWS products of every tile."""
     ROWS_OF_PRODUCT: gl.constexpr = M // WIDTH
     HEIGHT: gl.constexpr = GROUPS * ROWS * ROWS_OF_PRODUCT
-    ALL: gl.constexpr = fragments(GROUPS * ROWS, KH, WIDTH)
-    OWN: gl.constexpr = fragments(ROWS, KH, WIDTH)
-    APART: gl.constexpr = distance(KH, WIDTH)
+    ALL: gl.constexpr = fragments(GROUPS * ROWS, KH, WIDTH, STRIDE_H)
+    OWN: gl.constexpr = fragments(ROWS, KH, WIDTH, STRIDE_H)
+    APART: gl.constexpr = distance(KH, WIDTH, STRIDE_H)
     WORDS: gl.constexpr = 32 // a_smem.dtype.primitive_bitwidth
     IN_REGISTERS: gl.constexpr = (ROWS * (BN0 + BN1) // 2 <= MAX_ACCUMULATORS) and (WORDS == 2)
     MMA0: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN0, 8 * WORDS])
@@ -236,7 +248,7 @@ def _multiply(
             for s in gl.static_range(OWN):
                 # The next fragment is on its way to registers while this one is multiplied.
                 following = a
-                if s + 1 < OWN and used(s + 1, ROWS, KH, WIDTH):
+                if s + 1 < OWN:
                     following = a_smem.index(own + s + 1).reshape([M, BK])
                     if IN_REGISTERS:
                         following = following.load(OPERAND0)
@@ -313,6 +325,15 @@ def conv_taps_hopper(
     weight1,
     y0,
     y1,
+    x1,
+    x2,
+    x3,
+    before1,
+    before2,
+    before3,
+    after1,
+    after2,
+    after3,
     bias,
     residual,
     y,
@@ -346,18 +367,22 @@ def conv_taps_hopper(
     UPSAMPLE: gl.constexpr,
     ACTIVATION: gl.constexpr,
     TURNED: gl.constexpr,
+    STRIDE_H: gl.constexpr,
+    STRIDE_W: gl.constexpr,
 ):
-    """As `conv_taps_kernel`, for stride 1 in H and W and dilation 1 in H. Descriptors:
+    """As `conv_taps_kernel`, for stride 1 or 2 in H and W and dilation 1 in H. Descriptors:
 
     x, before, after  [N, T, H, W, C], a block is a fragment: [1, 1, 64 / WIDTH, WIDTH, BK]; the last two are x where
                       there are none
+    x1, after3, ..    their other planes: plane STRIDE_W * i + j of x is x[:, :, i::STRIDE_H, j::STRIDE_W], and x itself is
+                      plane 0 then; None beyond STRIDE_H * STRIDE_W, and all of `before` and `after` where there are none
     weight0/1     [taps, O or 4 * O, C], blocks [1, BN0 or BN1, BK]; `weight1` is None without BN1
     y0/1          [N * T', H, P, W, P * O] with P of 2 if UPSAMPLE and else 1, blocks of one product; None: stored at `y`
 
     Tiles are `frames` = N * T' by rows by columns; out_channels = out_units * OUT_UNIT. ROWS: products of a group. TURNED:
     a tile's rows are columns of the picture, and H and W change places in all of the above but the order of taps.
     """
-    FRAGMENTS: gl.constexpr = fragments(GROUPS * ROWS, KH, WIDTH)
+    FRAGMENTS: gl.constexpr = fragments(GROUPS * ROWS, KH, WIDTH, STRIDE_H)
     HEIGHT: gl.constexpr = M // WIDTH
     out_channels = out_units * OUT_UNIT
     dtype: gl.constexpr = x.dtype
@@ -379,23 +404,30 @@ def conv_taps_hopper(
         mbarrier.init(empty.index(i), count=GROUPS)
     fence_async_shared()  # the barriers are seen by TMA
 
+    planes = (x, x1, x2, x3)
+    planes_before = planes
+    planes_after = planes
+    if (before1 is not None) or (STRIDE_H * STRIDE_W == 1):
+        planes_before = (before, before1, before2, before3)
+    if (after1 is not None) or (STRIDE_H * STRIDE_W == 1):
+        planes_after = (after, after1, after2, after3)
     gl.warp_specialize([
         (_multiply, (
             0, a_smem, b0_smem, b1_smem, full, empty, bias, residual, y, y0, y1, y0_smem, y1_smem,
             tiles, blocks_n, frames, t_out, t_in, before_frames, after_frames, h_out, w_out, out_channels, channels,
             kt, kw, stride_t, dilation_t, pad_t,
-            KH, ROWS, WIDTH, BN0, BN1, BK, STAGES, UPSAMPLE, ACTIVATION, TURNED,
+            KH, ROWS, WIDTH, BN0, BN1, BK, STAGES, UPSAMPLE, ACTIVATION, TURNED, STRIDE_H,
         )),
         (_multiply, (
             1, a_smem, b0_smem, b1_smem, full, empty, bias, residual, y, y0, y1, y0_smem, y1_smem,
             tiles, blocks_n, frames, t_out, t_in, before_frames, after_frames, h_out, w_out, out_channels, channels,
             kt, kw, stride_t, dilation_t, pad_t,
-            KH, ROWS, WIDTH, BN0, BN1, BK, STAGES, UPSAMPLE, ACTIVATION, TURNED,
+            KH, ROWS, WIDTH, BN0, BN1, BK, STAGES, UPSAMPLE, ACTIVATION, TURNED, STRIDE_H,
         )),
         (_load, (
-            x, before, after, weight0, weight1, a_smem, b0_smem, b1_smem, full, empty,
+            planes, planes_before, planes_after, weight0, weight1, a_smem, b0_smem, b1_smem, full, empty,
             tiles, blocks_n, frames, t_out, t_in, before_frames, after_frames, w_out, out_channels, channels,
             kt, kw, stride_t, dilation_t, dilation_w, pad_t, pad_h, pad_w,
-            KH, ROWS, WIDTH, BN0, BN1, BK, STAGES, UPSAMPLE, TURNED,
+            KH, ROWS, WIDTH, BN0, BN1, BK, STAGES, UPSAMPLE, TURNED, STRIDE_H, STRIDE_W,
         )),
     ], [4, 1], [REGISTERS, LOADER_REGISTERS])  # fmt: skip

@@ -21,6 +21,7 @@ from pvae.kernels.triton_launch import Launch, kernel_named
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TMA_TF32 = 11  # CU_TENSOR_MAP_DATA_TYPE_TFLOAT32
+NO_PLANES: list[Tensor | None] = [None] * 9  # beside the first, of x and of the frames before and after it
 DESCRIPTOR_STRIDE = 2**40  # bytes; a TMA descriptor's strides are below it
 
 
@@ -98,6 +99,11 @@ def _channels_innermost(x: Tensor) -> Tensor:
     if _is_loadable(x) and (x.data_ptr() % 16 == 0 or x.shape[1] % (16 // x.element_size())):
         return x
     return x.clone(memory_format=torch.channels_last_3d)
+
+
+def planes(x: Tensor, stride_h: int, stride_w: int) -> list[Tensor]:
+    """Every `stride_h`-th row and `stride_w`-th column of x [..., H, W]: views, from each row and column to begin with."""
+    return [x[..., i::stride_h, j::stride_w] for i in range(stride_h) for j in range(stride_w)]
 
 
 @dataclass(frozen=True)
@@ -232,6 +238,9 @@ class HopperPlan(Plan):
         # Along the rows of a tile, then along the positions of a row.
         sides = (1, 0) if cut.turned else (0, 1)
         (kh, kw), (h_out, w_out), (pad_h, pad_w) = ([pair[i] for i in sides] for pair in (kernel, picture, pads))
+        strides = problem.stride[1], problem.stride[2]
+        if cut.turned and strides != (1, 1):
+            raise ValueError(f"conv_taps: {cut} takes no strides: a product's positions must lie along the width")
         if dilations[sides[0]] != 1:
             raise ValueError(f"conv_taps: {cut} takes no dilation in {'width' if cut.turned else 'height'}")
 
@@ -246,10 +255,18 @@ class HopperPlan(Plan):
             for i, t in enumerate((x, before, weight, bias, residual, after))
         ]
 
-        def memory(t: Tensor, copied: bool) -> tuple[list[int], list[int]]:
+        def memory(t: Tensor, copied: bool) -> list[tuple[list[int], list[int]]]:
+            """Of each plane."""
             t = _five(t)
             t = t.clone(memory_format=torch.channels_last_3d) if copied else t
-            return turned([t.shape[d] for d in (0, 2, 3, 4, 1)], 2), turned([*_dense_strides(t), 1], 2)
+            n, f, h, w = _dense_strides(t)
+            return [
+                (
+                    turned([p.shape[d] for d in (0, 2, 3, 4, 1)], 2),
+                    turned([n, f, strides[0] * h, strides[1] * w, 1], 2),
+                )
+                for p in planes(t, *strides)
+            ]
 
         def turned(sizes: list[int], dim: int, other: int = 3) -> list[int]:
             if cut.turned:
@@ -269,15 +286,20 @@ class HopperPlan(Plan):
         weight_memory = [taps, weight.shape[0], channels], [channels, taps * channels, 1]
         # A block of columns would reach into the next pixel's, or a row of them is not of 16 bytes.
         self.stores = out * size % 16 != 0 or (call.upsample and out % (c0 + c1) != 0)
+        self.strides = strides if strides != (1, 1) else None
+        of_x = memory(x, self.copies[0])
+        of_before = memory(earlier, self.copies[1]) if self.has_before else of_x[:1]
+        of_after = memory(later, self.copies[5]) if self.has_after else of_x[:1]
         # In the kernel's order: shape, strides and block.
         self.descriptors = [
-            (*memory(x, self.copies[0]), fragment),
-            (*memory(earlier, self.copies[1 if self.has_before else 0]), fragment),
-            (*memory(later, self.copies[5 if self.has_after else 0]), fragment),
+            (*of_x[0], fragment),
+            (*of_before[0], fragment),
+            (*of_after[0], fragment),
             (*weight_memory, [1, c0, cut.depth]),
             (*weight_memory, [1, c1, cut.depth]) if c1 else None,
             None if self.stores else (*y_memory, [1, height, 1, width, c0]),
             None if self.stores or not c1 else (*y_memory, [1, height, 1, width, c1]),
+            *((*of[i], fragment) if i < len(of) else None for of in (of_x, of_before, of_after) for i in (1, 2, 3)),
         ]
         blocks_n = -(-out // (c0 + c1))
         tiles = frames * -(-h_out // upright.height) * -(-w_out // width) * blocks_n * (4 if call.upsample else 1)
@@ -290,17 +312,26 @@ class HopperPlan(Plan):
             h_out, w_out, out // unit,
             channels, kt, kw, problem.stride[0], problem.dilation[0], dilations[sides[1]], problem.padding[0], pad_h, pad_w,
         )  # fmt: skip
-        stages = cut.stages_that_fit(kh, size)
+        stages = cut.stages_that_fit(kh, size, strides[0])
         if stages < 2:
             raise ValueError(f"conv_taps: {cut} has no room for two stages of a kernel {kh} rows high: a lower one has")
         constants = {
             "KH": kh, "ROWS": cut.rows, "WIDTH": width, "BN0": c0, "BN1": c1, "BK": cut.depth, "STAGES": stages,
             "OUT_UNIT": unit, "UPSAMPLE": call.upsample, "ACTIVATION": call.activation, "TURNED": cut.turned,
+            "STRIDE_H": strides[0], "STRIDE_W": strides[1],
         }  # fmt: skip
         # 168 registers, 12 warps of them, until the kernel gives each warp its own.
         self.run = Launch("conv_taps_hopper.conv_taps_hopper", self.grid, constants, {"num_warps": 4, "maxnreg": 168})
         self.dtype = x.dtype
-        self.tf32 = [x.dtype == torch.float32 and i < 5 for i in range(len(self.descriptors))]  # what is loaded
+        stored = (5, 6)
+        self.tf32 = [x.dtype == torch.float32 and i not in stored for i in range(len(self.descriptors))]
+
+    def _other_planes(self, *read: Tensor | None) -> list[Tensor | None]:
+        """Planes beside the first, three of each tensor or None."""
+        if self.strides is None:
+            return NO_PLANES
+        each = ([] if t is None else planes(t, *self.strides)[1:] for t in read)
+        return [p for some in each for p in (*some, None, None, None)[:3]]
 
     def launch(self, operands: Operands, y: Tensor) -> None:
         if any(self.copies):
@@ -309,7 +340,8 @@ class HopperPlan(Plan):
                 for t, copy in zip(operands, self.copies, strict=True)
             )
         x, before, weight, bias, residual, after = operands
-        bases = (x, before if self.has_before else x, after if self.has_after else x, weight, weight, y, y)
+        read = (x, before if self.has_before else x, after if self.has_after else x)
+        bases = (*read, weight, weight, y, y, *self._other_planes(x, before, after))
         store = y if self.stores else None
         if self.run.compiled is None:
             self._compile(bases, bias, residual, store)
@@ -327,9 +359,10 @@ class HopperPlan(Plan):
         ]
         self.run.compiled = compiled = self.run.compile(*checked, *tensors, *self.integers)
         # Triton 3.7 asks the descriptor whether to round, 3.6 nobody.
-        loads = sum(d is not None and tf32 for d, tf32 in zip(self.descriptors, self.tf32, strict=True))
-        for described in compiled.metadata.tensordesc_meta[:loads]:
-            described["elem_type"] = TMA_TF32
+        rounded = [tf32 for d, tf32 in zip(self.descriptors, self.tf32, strict=True) if d is not None]
+        for described, tf32 in zip(compiled.metadata.tensordesc_meta, rounded, strict=True):
+            if tf32:
+                described["elem_type"] = TMA_TF32
 
 
 def make_plan(call: Call, y_shape: Sequence[int]) -> Plan:
@@ -339,7 +372,7 @@ def make_plan(call: Call, y_shape: Sequence[int]) -> Plan:
     given = Config.of(call.config) if call.config else None
     takes = (
         is_hopper(device)
-        and problem.stride[1:] == (1, 1)
+        and all(s == 1 or (s == 2 <= size) for s, size in zip(problem.stride[1:], call.x.shape[-2:], strict=True))
         and 1 in problem.dilation[1:]
         and call.x.shape[1] * size % 16 == 0
         and math.prod(call.x.shape) > 0
@@ -349,8 +382,8 @@ def make_plan(call: Call, y_shape: Sequence[int]) -> Plan:
     if given is None:
         phases = 4 if call.upsample else 1
         sizes = (call.x.shape[0] * problem.frames_out * phases, problem.h_out, problem.w_out)
-        dilations = (problem.dilation[1], problem.dilation[2])
-        work = Work(call.x.shape[1], problem.out, problem.kernel, *sizes, call.x.dtype, _processors(device), dilations)
+        sides = (problem.dilation[1], problem.dilation[2]), (problem.stride[1], problem.stride[2])
+        work = Work(call.x.shape[1], problem.out, problem.kernel, *sizes, call.x.dtype, _processors(device), *sides)
         fitting = hopper_configs(work)
         if not fitting:  # a kernel too high for shared memory
             return TritonPlan(problem)

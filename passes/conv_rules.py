@@ -167,14 +167,15 @@ def busy(problem: ConvProblem, units: int) -> float:
 def taps_clocks(problem: ConvProblem, units: int) -> float | None:
     """Clocks of conv_taps by the model of its Hopper kernel; None where that kernel does not take the convolution."""
     dtype = getattr(torch, "float32" if problem.precision == "tf32" else problem.precision)
-    strides, dilations = problem.stride[-2:], (problem.dilation[-2], problem.dilation[-1])
-    if strides != (1, 1) or 1 not in dilations or problem.groups != 1 or problem.channels * dtype.itemsize % 16:
+    strides, dilations = (problem.stride[-2], problem.stride[-1]), (problem.dilation[-2], problem.dilation[-1])
+    if max(strides) > 2 or 1 not in dilations or problem.groups != 1 or problem.channels * dtype.itemsize % 16:
         return None
     *time, height, width = problem.out_sizes
     kernel_t = problem.kernel[0] if problem.ndim == 3 else 1
     kernel = (kernel_t, problem.kernel[-2], problem.kernel[-1])
     frames = problem.batch * math.prod(time)
-    return _clocks(Work(problem.channels, problem.out_channels, kernel, frames, height, width, dtype, units, dilations))
+    sizes = (problem.channels, problem.out_channels, kernel, frames, height, width)
+    return _clocks(Work(*sizes, dtype, units, dilations, strides))
 
 
 @functools.lru_cache(maxsize=4096)

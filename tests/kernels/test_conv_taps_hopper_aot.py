@@ -14,7 +14,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from pvae.kernels import conv_taps_launch as launch  # noqa: E402
-from pvae.kernels.conv_taps_config import SHARED_BYTES, Config, Work, hopper_configs  # noqa: E402
+from pvae.kernels.conv_taps_config import SHARED_BYTES, Config, Work, hopper_clocks, hopper_configs  # noqa: E402
 from tests.kernels.conv_taps_cases import Case  # noqa: E402
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing")
@@ -54,6 +54,16 @@ USES: dict[str, tuple[Case, Config, bool]] = {
     ),
     "rgb": (Case((1, 96, 30, 64), 3, (3, 3), residual=True, dtype=BF16), Config(12, 64, 16, 0, 32, 9, 4), True),
     "narrow": (Case((1, 64, 8, 30), 48, (5, 5), bias=False, dtype=BF16), Config(4, 32, 32, 0, 32, 9, 4), True),
+    "down": (
+        Case((4, 96, 480, 832), 96, (3, 3), stride=(2, 2), padding=(0, 1, 0, 1), dtype=BF16),
+        Config(6, 64, 64, 32, 32, 9, 4),
+        True,
+    ),
+    "down in time": (
+        Case((1, 128, 8, 64, 64), 256, (3, 3, 3), stride=(2, 2, 2), padding=CAUSAL, before=2, dtype=FP16),
+        Config(8, 32, 128, 0, 32, 9, 4),
+        True,
+    ),
     "tf32": (Case((1, 96, 30, 64), 96, (1, 1), padding=(0,) * 4, dtype=FP32), Config(4, 64, 64, 32, 32, 9, 4), True),
 }
 
@@ -101,7 +111,8 @@ def compiled(case: Case, plan: launch.HopperPlan) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=plan.run.options)
 
 
-SPILLED = {"192": 64}  # bytes at most: all 192 columns in one program, which the rule chooses for few shapes
+# Bytes at most. "192": all columns in one program, which the rule chooses for few shapes; "down": outside of the steps.
+SPILLED = {"192": 64, "down": 24}
 
 
 @pytest.mark.parametrize("use", USES)
@@ -147,6 +158,27 @@ def test_the_rule_on_decoders() -> None:
     assert first(384, 384, (3, 3, 3), 2, 120, 208) == (64, 4, 128, 0), "columns of 64 waste 8 of 128, rows 48 of 256"
 
 
+def test_a_stride_in_height_reads_more_rows() -> None:
+    """Of six rows of results 13 and not 8: fewer stages fit, and it takes longer."""
+    config = Config(6, 64, 64, 32, 32, 9, 4)
+    assert [config.fragments(3, stride) for stride in (1, 2)] == [8, 13]
+    assert [config.stages_that_fit(3, 2, stride) for stride in (1, 2)] == [4, 2]
+    plain, strided = (Work(96, 96, (1, 3, 3), 4, 240, 416, BF16, strides=(stride, stride)) for stride in (1, 2))
+    assert hopper_clocks(plain, config) < hopper_clocks(strided, config)
+    assert all(c.stages_that_fit(3, 2, 2) >= 2 for c in hopper_configs(strided))
+
+
+def test_fragments_are_counted_as_the_kernel_loads_them() -> None:
+    from pvae.kernels.conv_taps_hopper import fragments
+
+    for width in (16, 32, 64):
+        for rows in (1, 2, 3):
+            config = Config(2 * rows * 64 // width, width, 64, 0, 32, 9, 2)
+            for kernel_h in (1, 2, 3, 5, 7):
+                for stride in (1, 2):
+                    assert config.fragments(kernel_h, stride) == fragments(2 * rows, kernel_h, width, stride)
+
+
 def test_every_config_fits() -> None:
     """Two stages of it, and its numbers go through the op's argument."""
     for sizes in ((96, 96, (3, 3, 3), 4, 480, 832), (512, 512, (1, 1, 1), 1, 16, 20), (8, 3, (5, 5, 5), 1, 9, 9)):
@@ -164,7 +196,8 @@ def test_configs_that_no_kernel_can_be_cut_to(numbers: tuple[int, ...]) -> None:
 def test_what_hopper_does_not_take_goes_to_the_other_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     config = Config(4, 64, 64, 0, 32, 9, 4)
     for case in (
-        Case((1, 64, 8, 8), 64, (3, 3), stride=(2, 1), dtype=BF16),
+        Case((1, 64, 8, 8), 64, (3, 3), stride=(3, 1), dtype=BF16),
+        Case((1, 64, 1, 8), 64, (3, 3), stride=(2, 1), dtype=BF16),
         Case((1, 64, 8, 8), 64, (3, 3), dilation=(2, 1), dtype=BF16),
         Case((1, 12, 8, 8), 64, (3, 3), dtype=BF16),
     ):
