@@ -220,7 +220,10 @@ def test_other_steps(between: Callable[[Tensor], Tensor]) -> None:
     ("before", "reason"),
     [
         (lambda x, w: (lambda u: conv(u, w).sum() + u.sum())(up(x)), "the enlarged activation has 2 readers"),
-        (lambda x, w: conv(F.interpolate(x, scale_factor=3.0), w), "enlarges rows and columns 3 and 3 times, not twice"),
+        (
+            lambda x, w: conv(F.interpolate(x, scale_factor=3.0), w),
+            "enlarges rows and columns 3 and 3 times, not twice",
+        ),
         (lambda x, w: conv(F.interpolate(x, size=(10, 6)), w), "enlarges rows and columns 2 and 1 times, not twice"),
         (
             lambda x, w: conv(F.interpolate(x, scale_factor=(2.0, 2.1)), w),
