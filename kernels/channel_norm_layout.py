@@ -170,5 +170,5 @@ def find_layout(operands: Operands, border: Border, frames_apart: bool, samples_
             s[3] = s[dim] if sizes[3] == 1 else s[3]
             s[dim] = 0
         sizes[3], sizes[dim] = sizes[3] * sizes[dim], 1
-    steps = {name: tuple(s) for name, s in strides.items()}
-    return Layout(tuple(sizes), border, steps, factors)  # type: ignore[arg-type]
+    merged = {name: tuple(s) for name, s in strides.items()}
+    return Layout(tuple(sizes), border, merged, factors)  # type: ignore[arg-type]

@@ -53,7 +53,7 @@ def _operands(node: Node) -> list[Node]:
     elif _is_repeat(node):
         found = [node.args[0]] if _dim(node, 2, None) not in (None, 1) else []
     elif node.target in JOINS:
-        found = list(node.args[0]) if _dim(node, 1) != 1 else []  # type: ignore[arg-type]
+        found = list(node.args[0]) if _dim(node, 1) != 1 else []
     else:
         found = []
     return found
@@ -62,7 +62,7 @@ def _operands(node: Node) -> list[Node]:
 def _source(node: Node) -> tuple[Node, int | None]:
     """The activation that `node` is a slice of, and the dimension; `node` itself and None if it is none."""
     if node.target is aten.slice.Tensor and _dim(node, 1) != 1 and node.args[4:] in ((), (1,)) and not node.kwargs:
-        return node.args[0], _dim(node, 1)  # type: ignore[return-value]
+        return node.args[0], _dim(node, 1)
     return node, None
 
 
@@ -124,7 +124,7 @@ class PointwiseBeforeResample:
         conv: ConvNode = match.facts
         build = Builder(match.node)
         rest = match.node.args[1:]
-        done = {x: build(match.node.target, x, *rest, **match.node.kwargs) for x in _sources(conv.x)}  # type: ignore[arg-type]
+        done = {x: build(match.node.target, x, *rest, **match.node.kwargs) for x in _sources(conv.x)}
         build.replace(_again(build, conv.x, done))
 
 
