@@ -47,7 +47,8 @@ def channel_norm_act(
 ) -> Tensor:
     """x [N, C, *spatial] of 2 or 3 spatial dimensions -> y, x's dtype, channels-last.
 
-    weight and bias [C]; scale and shift [1|N, C, 1, ...] or like x. activation none, silu, relu or gelu (with erf).
+    weight and bias [C]; scale and shift [1|N, C, 1, ...], like x, or with rows and columns a whole number of times fewer,
+    then enlarged by nearest neighbours. activation none, silu, relu or gelu (with erf).
     padding (front, back) for each spatial dimension in their order; mode constant (zeros), replicate or reflect,
     for all dimensions or one for each with commas between. Raises ValueError for operands that do not go together.
     """

@@ -125,6 +125,10 @@ def channel_norm_kernel(
     MODE_W: tl.constexpr,
     SCALE: tl.constexpr,  # "none", "vector" (one a sample) or "like" x
     SHIFT: tl.constexpr,
+    SCALE_BY_H: tl.constexpr,  # how many rows of x read one of scale
+    SCALE_BY_W: tl.constexpr,
+    SHIFT_BY_H: tl.constexpr,
+    SHIFT_BY_W: tl.constexpr,
     ALIGN: tl.constexpr,  # elements in a unit of stride: what the compiler may take for granted when it vectorises
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -173,9 +177,15 @@ def channel_norm_kernel(
             inside = inside & (h >= 0) & (h < height) & (w >= 0) & (w < width)
         values = _load(x + _offset(h, w, x_h, x_w, FLAT, ALIGN), inside, C, BLOCK, "")
         if SCALE == "like":
-            scales = _load(scale + _offset(h, w, scale_h, scale_w, FLAT, ALIGN), inside, C, BLOCK, "evict_first")
+            at = _offset(h // SCALE_BY_H, w // SCALE_BY_W, scale_h, scale_w, FLAT, ALIGN)
+            scales = _load(
+                scale + at, inside, C, BLOCK, "evict_first" if SCALE_BY_H * SCALE_BY_W == 1 else "evict_last"
+            )
         if SHIFT == "like":
-            shifts = _load(shift + _offset(h, w, shift_h, shift_w, FLAT, ALIGN), inside, C, BLOCK, "evict_first")
+            at = _offset(h // SHIFT_BY_H, w // SHIFT_BY_W, shift_h, shift_w, FLAT, ALIGN)
+            shifts = _load(
+                shift + at, inside, C, BLOCK, "evict_first" if SHIFT_BY_H * SHIFT_BY_W == 1 else "evict_last"
+            )
 
         if NORM == "layer":
             values = _centred(_centred(values, C, BLOCK), C, BLOCK)  # again: it takes the mean's own rounding out

@@ -173,6 +173,7 @@ def _normalise(norm: Norm, operands: Operands, layout: Layout, lanes: int) -> St
         if kinds[name] == "vector":
             strides[name] = (operand.stride(0) if operand.shape[0] > 1 else 0, 0, 0, 0)
         strides.setdefault(name, (0, 0, 0, 0))
+    factors = {name: layout.factors.get(name, (1, 1)) for name in ("scale", "shift")}
     align = _units(strides)
     config = norm_config(channels, positions, n * out_frames, lanes)
     constants = {
@@ -185,6 +186,7 @@ def _normalise(norm: Norm, operands: Operands, layout: Layout, lanes: int) -> St
         **{f"MODE_{dim}": border.modes[i] for i, dim in enumerate("THW")},
         "SCALE": kinds["scale"],
         "SHIFT": kinds["shift"],
+        **{f"{name.upper()}_BY_{dim}": factors[name][i] for name in factors for i, dim in enumerate("HW")},
         "ALIGN": align,
         "BLOCK": config.block,
         "ROWS": config.rows,

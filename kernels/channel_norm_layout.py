@@ -19,7 +19,7 @@ NO_PADDING = (0, 0, 0, 0, 0, 0)
 
 
 class Operands(NamedTuple):
-    """The tensors of a channel norm: x [N, C, *spatial], weight and bias [C], scale and shift [N|1, C, 1...] or like x."""
+    """The tensors of a channel norm: x [N, C, *spatial], weight and bias [C], scale and shift as `check` takes them."""
 
     x: Tensor
     weight: Tensor | None = None
@@ -74,14 +74,16 @@ class Border:
 
 @dataclass(frozen=True)
 class Layout:
-    """x, and scale and shift that are like x, as [N, T, H, W] of positions; strides in elements, by operand.
+    """x, and scale and shift that are no vectors, as [N, T, H, W] of positions; strides in elements, by operand.
 
+    `factors`: how many times scale and shift are enlarged along H and W.
     `flat`: positions of a frame follow each other evenly in every operand (H is 1 and neither H nor W has a border).
     """
 
     sizes: Sizes
     border: Border
     strides: dict[str, Sizes]
+    factors: dict[str, tuple[int, int]]
 
     @property
     def flat(self) -> bool:
@@ -99,8 +101,20 @@ def is_vector(operand: Tensor, x: Tensor) -> bool:
     return tuple(operand.shape[1:]) == (x.shape[1],) + (1,) * (x.dim() - 2) and operand.shape[0] in (1, x.shape[0])
 
 
+def enlargement(operand: Tensor, x: Tensor) -> tuple[int, int] | None:
+    """How many times the rows and columns of a scale or shift make those of x: (1, 1) of one like x; None if of no such."""
+    if operand.dim() != x.dim() or operand.shape[:-2] != x.shape[:-2]:
+        return None
+    factors = [1 if a == b else b // a if a and b % a == 0 else 0 for a, b in zip(operand.shape, x.shape, strict=True)]
+    return (factors[-2], factors[-1]) if all(factors) else None
+
+
 def check(operands: Operands) -> None:
-    """Raises ValueError where the operands' shapes do not go together."""
+    """Raises ValueError where the operands' shapes do not go together.
+
+    scale and shift are [1|N, C, 1, ...], or like x, or that with rows and columns a whole number of times fewer: row h of
+    x has row h // factor of them, as enlarged by nearest neighbours.
+    """
     x = operands.x
     if x.dim() not in (4, 5):
         raise ValueError(f"x {list(x.shape)} is neither [N, C, H, W] nor [N, C, T, H, W]")
@@ -110,8 +124,11 @@ def check(operands: Operands) -> None:
             raise ValueError(f"{name} {list(vector.shape)} is not [C] of x {list(x.shape)}")
     for name in ("scale", "shift"):
         operand = getattr(operands, name)
-        if operand is not None and operand.shape != x.shape and not is_vector(operand, x):
-            raise ValueError(f"{name} {list(operand.shape)} is neither [1|N, C, 1, ...] nor like x {list(x.shape)}")
+        if operand is not None and not is_vector(operand, x) and enlargement(operand, x) is None:
+            raise ValueError(
+                f"{name} {list(operand.shape)} is neither [1|N, C, 1, ...] nor like x {list(x.shape)}, nor are its rows "
+                f"and columns a whole number of times fewer"
+            )
 
 
 def channels_innermost(tensor: Tensor) -> bool:
@@ -126,20 +143,24 @@ def find_layout(operands: Operands, border: Border, frames_apart: bool, samples_
     x = operands.x
     sizes = list(four(x.shape, 1))
     strides: dict[str, list[int]] = {}
+    factors: dict[str, tuple[int, int]] = {}
     for name in ("x", "scale", "shift"):
         operand = getattr(operands, name)
         if operand is None or (name != "x" and is_vector(operand, x)):
             continue
         if not channels_innermost(operand):
             return f"{name} is not channels-last: its channels have stride {operand.stride(1)}"
-        steps = four(operand.stride(), 0)
-        strides[name] = [0 if size == 1 else step for size, step in zip(sizes, steps, strict=True)]
+        shape, steps = four(operand.shape, 1), four(operand.stride(), 0)
+        strides[name] = [0 if size == 1 else step for size, step in zip(shape, steps, strict=True)]
+        factors[name] = enlargement(operand, x) or (1, 1)
     widths = border.widths
     apart = (samples_apart or frames_apart, frames_apart, False)
     for dim in (2, 1, 0):  # merge dimension `dim` into W
         if any(widths) if dim == 0 else any(widths[2 * dim - 2 :]):
             break
         if apart[dim] and sizes[dim] > 1:
+            break
+        if sizes[dim] > 1 and any(pair != (1, 1) for pair in factors.values()):
             break
         if sizes[dim] == 1:
             continue
@@ -149,4 +170,5 @@ def find_layout(operands: Operands, border: Border, frames_apart: bool, samples_
             s[3] = s[dim] if sizes[3] == 1 else s[3]
             s[dim] = 0
         sizes[3], sizes[dim] = sizes[3] * sizes[dim], 1
-    return Layout(tuple(sizes), border, {name: tuple(s) for name, s in strides.items()})  # type: ignore[arg-type, misc]
+    merged = {name: tuple(s) for name, s in strides.items()}
+    return Layout(tuple(sizes), border, merged, factors)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pvae.kernels.channel_norm_layout import Border, Operands, four
+from pvae.kernels.channel_norm_layout import Border, Operands, enlargement, four, is_vector
 from pvae.kernels.channels_last import FORMATS
 
 KINDS = ("rms", "l2", "layer", "group")
@@ -78,9 +78,17 @@ def exact(norm: Norm, operands: Operands, border: Border, dtype: torch.dtype | N
     y = _normalised(norm, x)
     y = y if weight is None else y * weight
     y = y if bias is None else y + bias
-    y = y if scale is None else y * scale
-    y = y if shift is None else y + shift
+    y = y if scale is None else y * _as_large(scale, x)
+    y = y if shift is None else y + _as_large(shift, x)
     return _bordered(ACTIVATIONS[norm.activation](y), border)
+
+
+def _as_large(operand: Tensor, x: Tensor) -> Tensor:
+    """A scale or shift with the rows and columns of x."""
+    factors = enlargement(operand, x)
+    if factors is None or is_vector(operand, x):
+        return operand
+    return operand.repeat_interleave(factors[0], -2).repeat_interleave(factors[1], -1)
 
 
 def _normalised(norm: Norm, x: Tensor) -> Tensor:

@@ -4,7 +4,8 @@
 
 in fp32 from the loads to the one rounding of the result; what is None is left out. x is read twice and y written once. The
 statistics are of all positions of a sample, frames together (HunyuanVideo, CogVideoX), or of each frame (Mochi, Cosmos,
-MAGVIT). scale and shift like x are CogVideoX's spatial norm, `norm(f) * conv_y(z) + conv_b(z)`.
+MAGVIT). scale and shift like x, or of fewer rows and columns, are the spatial norm of MoVQ and CogVideoX,
+`norm(f) * conv_y(z) + conv_b(z)`.
 
 `padding` writes borders around the result in the same launch, as in channel_norm_act.py.
 """
@@ -38,7 +39,8 @@ def group_norm_act(
 ) -> Tensor:
     """x [N, C, *spatial] of 2 or 3 spatial dimensions, C a multiple of `groups` -> y, x's dtype, channels-last.
 
-    weight and bias [C]; scale and shift [1|N, C, 1, ...] or like x. activation none, silu, relu or gelu (with erf).
+    weight and bias [C]; scale and shift [1|N, C, 1, ...], like x, or with rows and columns a whole number of times fewer,
+    then enlarged by nearest neighbours. activation none, silu, relu or gelu (with erf).
     padding (front, back) for each spatial dimension in their order; mode constant (zeros), replicate or reflect,
     for all dimensions or one for each with commas between. Raises ValueError for operands that do not go together.
     """

@@ -17,6 +17,7 @@ import torch
 from torch.fx import Node
 
 from pvae.kernels.channel_norm_layout import NO_PADDING
+from pvae.passes.enlarged import NOTHING, Enlarged, enlarged
 from pvae.passes.frame_norm import CATS, FrameNorm
 from pvae.passes.ir import CASTS, ConvNode, PadNode, aten, is_tensor, known, only_user, value
 from pvae.passes.norm_node import NormNode, before_widening
@@ -29,7 +30,8 @@ RESULT, VECTOR, SAMPLE, LIKE = "result", "vector", "sample", "like"
 class Chain:
     """What was found so far; `node` is the value it ends with, `x` what goes in before casts to a wider type.
 
-    weight and bias are vectors of C numbers in any shape that broadcasts; scale and shift those, [N, C, 1, ...] or like x.
+    weight and bias are vectors of C numbers in any shape that broadcasts; scale and shift those, [N, C, 1, ...], like x, or
+    what is like x once enlarged.
     widths are (front, back) for T, H and W, modes one for each. `last`: the channels of `node` are its last dimension.
     """
 
@@ -43,8 +45,8 @@ class Chain:
     groups: int = 1
     per_frame: bool = False
     last: bool = False
-    scale: Node | None = None
-    shift: Node | None = None
+    scale: Node | Enlarged | None = None
+    shift: Node | Enlarged | None = None
     activation: str = "none"
     widths: tuple[int, ...] = NO_PADDING
     modes: tuple[str, ...] = ("constant",) * 3
@@ -252,14 +254,22 @@ def _with(chain: Chain, user: Node, innermost: bool) -> Chain | None:
     if not isinstance(other, Node) or not is_tensor(other):
         return _with_number(after, other, product)
     kind = chain.operand_kind(other)
-    if not kind or (kind == LIKE and innermost and not is_innermost(value(other))):
+    small = _enlarged(other) if kind == LIKE and not chain.last else None
+    if not kind or (kind == LIKE and small is None and innermost and not is_innermost(value(other))):
         return None
     plain = chain.scale is None and chain.shift is None
     if kind == VECTOR and plain and chain.bias is None and not (product and chain.weight is not None):
         return replace(after, weight=other) if product else replace(after, bias=other)
     if chain.last or chain.shift is not None or (product and chain.scale is not None):
         return None
-    return replace(after, scale=other) if product else replace(after, shift=other)
+    operand = small or other
+    return replace(after, scale=operand) if product else replace(after, shift=operand)
+
+
+def _enlarged(node: Node) -> Enlarged | None:
+    """The small value that a scale or shift is enlarged from. The norm reads that even where others read the large one."""
+    found = enlarged(node, shared=True)
+    return found if isinstance(found, Enlarged) and found.crop == NOTHING else None
 
 
 def _with_number(after: Chain, number: Any, product: bool) -> Chain | None:

@@ -168,7 +168,7 @@ def _cut(
         interpreted=context.options.engine == "eager",
         own_norms=_own_norms(context, next(iter(knowledge.values()))),
         weights=context.weights,
-        free_outputs=context.free_strides,
+        free_outputs=context.free_strides | context.returned_caches,
     )
     layouts = problem.solve()
     usual = default_layout(open_ones[0].conv, Wanted.of(context.options))

@@ -2,6 +2,7 @@
 
     silu(group_norm(x)) -> replicate-pad -> conv     ->   conv(group_norm_act(x, ..., padding=...))
     normalize(x, 1) * scale * gamma + 0 -> silu      ->   channel_norm_act(x, gamma, None, "l2", ...)
+    group_norm(x) * nearest(y) + nearest(b)          ->   group_norm_act(x, ..., scale=y, shift=b)
 
 x is read once (twice by a group norm) and the result written once, with its border, instead of once a step.
 passes/channel_norm.py says which spellings are read; the kernels are kernels/channel_norm_act.py and group_norm_act.py.
@@ -16,9 +17,11 @@ from torch.fx import Graph, Node
 
 from pvae.kernels.channel_norm_act import OP as CHANNEL_NORM
 from pvae.kernels.channel_norm_config import MAX_CHANNELS
+from pvae.kernels.channels_last import FORMATS
 from pvae.kernels.group_norm_act import OP as GROUP_NORM
 from pvae.kernels.norm_launch import FLOATS
 from pvae.passes.channel_norm import Chain, chains, is_innermost, norm_of, with_border
+from pvae.passes.enlarged import Enlarged
 from pvae.passes.ir import Builder, aten, known, repropagate, value
 from pvae.passes.modulation_ops import TRITON_DEVICES
 from pvae.passes.rule import Context, Match, Pass, Refusal, Report, Rule
@@ -74,7 +77,10 @@ def _unsuitable(x: Node) -> str | None:
 
 def _note(chain: Chain) -> str:
     parts = [f"{chain.kind} norm" + (" of frames" if chain.per_frame else "")]
-    parts += [name for name in ("scale", "shift") if getattr(chain, name) is not None]
+    for name in ("scale", "shift"):
+        operand = getattr(chain, name)
+        if operand is not None:
+            parts.append(f"enlarged {name}" if isinstance(operand, Enlarged) else name)
     if chain.activation != "none":
         parts.append(chain.activation)
     if any(chain.widths):
@@ -94,9 +100,11 @@ def _op(build: Builder, chain: Chain) -> Node:
     weight, bias = (_vector(build, node) for node in (chain.weight, chain.bias))
     more: dict[str, Any] = {}
     for name in ("scale", "shift"):
-        node = getattr(chain, name)
-        if node is not None:
-            more[name] = _aligned(build, node, rank)
+        operand = getattr(chain, name)
+        if isinstance(operand, Enlarged):
+            more[name] = _innermost(build, operand.low(build))
+        elif operand is not None:
+            more[name] = _aligned(build, operand, rank)
     if any(chain.widths):
         more |= {"padding": list(chain.widths[2 * (5 - rank) :]), "mode": _mode(chain)}
     result: Node
@@ -125,6 +133,14 @@ def _aligned(build: Builder, node: Node, rank: int) -> Node:
     for _ in range(missing):
         node = build(aten.unsqueeze.default, node, 0)
     return node
+
+
+def _innermost(build: Builder, node: Node) -> Node:
+    """A small scale or shift, channels-last."""
+    if is_innermost(value(node)):
+        return node
+    copy: Node = build(aten.contiguous.default, node, memory_format=FORMATS[value(node).dim()])
+    return copy
 
 
 def _refresh(graph: Graph, context: Context, report: Report) -> None:

@@ -24,6 +24,8 @@ def lay_out_outputs(gm: GraphModule, signature: Signature, context: Context) -> 
     The caller's outputs get eager's order of dimensions (one that was a view with gaps comes back dense). Outputs in
     `free_strides`, which only compiled code reads again, are channels_last if this graph works so and contiguous if not:
     one rule for every graph of a model, so that a cache looks the same to the next call whichever graph wrote it.
+    `returned_caches` are channels_last if they are computed so (to turn them costs more than to copy them: 26 of 150 ms of
+    a CogVideoX decode), and else as eager's.
     An output that eager copies out of a larger tensor is copied here too.
     """
     out = output_node(gm.graph)
@@ -33,9 +35,10 @@ def lay_out_outputs(gm: GraphModule, signature: Signature, context: Context) -> 
     for index, (node, promised) in enumerate(zip(leaves, signature.outputs, strict=True)):
         if not isinstance(node, Node) or not isinstance(promised, torch.Tensor) or node.op == "placeholder":
             continue
-        if index in context.free_strides:
+        turned = inner and promised.dim() in (4, 5)
+        if index in context.free_strides or (index in context.returned_caches and turned and _innermost(value(node))):
             order = list(range(promised.dim()))
-            if inner and promised.dim() in (4, 5):
+            if turned:
                 order = [0, *order[2:], 1]
             wanted = _dense_strides(promised.shape, order)
         else:
@@ -66,6 +69,10 @@ def _works_channels_last(gm: GraphModule) -> bool:
             if is_channels_last(val) and not val.is_contiguous():
                 return True
     return False
+
+
+def _innermost(tensor: torch.Tensor) -> bool:
+    return known(tensor.stride(1) == 1) and not known(tensor.shape[1] == 1)
 
 
 def _dimension_order(strides: Any) -> list[int]:

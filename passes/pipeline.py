@@ -26,6 +26,7 @@ from pvae.passes.fuse_modulation import FUSE_MODULATION, FUSE_RESIDUAL_GATE
 from pvae.passes.fuse_norm_act import FUSE_NORM_ACT
 from pvae.passes.main_rank import INLINE_MAIN_RANK, MAIN_RANK
 from pvae.passes.output_layout import lay_out_outputs
+from pvae.passes.pointwise_before_resample import POINTWISE_BEFORE_RESAMPLE
 from pvae.passes.prefix_attention import PREFIX_ATTENTION
 from pvae.passes.rule import Context, Pass, Report
 from pvae.passes.shard import SHARD
@@ -38,6 +39,7 @@ PASSES: tuple[Pass, ...] = (
     PREFIX_ATTENTION,  # early: what made the mask, thousands of nodes perhaps, is gone for the others
     DROP_ZERO_TAPS,  # before pads are folded or unfolded: it reads them, and what it drops need not be unfolded
     FOLD_PAD,  # before sharding, which then fetches a halo once; a convolution that pads itself has more forms
+    POINTWISE_BEFORE_RESAMPLE,  # before sharding, between whose fetches it would have to look; fold_upsample may follow it
     MAIN_RANK,  # before sharding, which must find the same nodes on every rank
     SHARD,  # on ATen's own ops, before any becomes a kernel or takes a form of ours
     INLINE_MAIN_RANK,  # right after it: the passes that follow are for rank 0's regions too

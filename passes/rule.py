@@ -66,7 +66,8 @@ class Context:
     For sharding also this rank's place in the mesh, and which inputs arrive as pieces (`held`, by placeholder). A pass
     that leaves outputs as pieces says so in `left`, by output. `arguments` are the names that the model's own forward has
     for its inputs, by placeholder: `hidden_states`, and `caches_0` or `kwargs_mask` for what is in a list or dict. `world` are
-    all ranks in a line, whatever the mesh is: those among whom a main-rank region's results travel.
+    all ranks in a line, whatever the mesh is: those among whom a main-rank region's results travel. `returned_caches` are
+    outputs that the caller only hands back in the next call.
     """
 
     options: Any
@@ -78,6 +79,7 @@ class Context:
     left: dict[int, tuple[Piece, ...]] = field(default_factory=dict)
     arguments: Mapping[str, str] = field(default_factory=dict)
     world: Mesh | None = None
+    returned_caches: frozenset[int] = frozenset()
 
 
 @dataclass

@@ -234,6 +234,7 @@ def compile_capture(
     *,
     inside_dynamo: bool = False,
     free_strides: frozenset[int] = frozenset(),
+    returned_caches: frozenset[int] = frozenset(),
     ranks: Ranks | None = None,
     world: Ranks | None = None,
     observe: Observer | None = None,
@@ -245,7 +246,8 @@ def compile_capture(
     `ranks` are those that the options' `shard` is about. Inputs may then be `ShardedTensor`s, and outputs in `free_strides`
     come back as such. `world` are all ranks, where the graph has main-rank regions (`region_ranks`).
 
-    `free_strides` are outputs that only compiled code will read again, so that their memory layout is ours to choose.
+    `free_strides` are outputs that only compiled code will read again, so that their memory layout is ours to choose;
+    `returned_caches` those that the caller hands back in the next call, which may stay channels_last.
     Outside Dynamo, equal rewritten graphs share one compiled function (layers of one class differ in weights only).
     """
     gm = capture.gm
@@ -259,7 +261,8 @@ def compile_capture(
     told = [stated(i) for i in inputs]
     mesh = None if ranks is None else ranks.mesh
     line = None if world is None else world.mesh
-    context = Context(options, capture.weights, free_strides, counter, mesh, held, {}, capture.arguments, line)
+    asked = capture.arguments
+    context = Context(options, capture.weights, free_strides, counter, mesh, held, {}, asked, line, returned_caches)
     report.passes = run_pipeline(gm, options.pipeline, context, check=options.verify == "on", observe=observe)
     report.nodes_after, report.pass_seconds = len(gm.graph.nodes), time.perf_counter() - start
     absent = [n.name for n in nodes if ABSENT in n.meta and n.users]

@@ -95,18 +95,35 @@ def argument_names(function: Callable[..., Any], args: Sequence[Any], kwargs: Ma
     return [n for name, v in (*zip(names, args, strict=True), *kwargs.items()) for n in _tensor_names(name, v)]
 
 
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # builtin functions may have no signature
+        return []
+
+
 def positional_names(function: Callable[..., Any], count: int) -> list[str]:
     """The parameters that take so many positional arguments; `args_0` and so on for those that `*args` takes.
 
     Of what decorators wrap, where they say so (`__wrapped__`).
     """
-    try:
-        parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):  # builtin functions may have no signature
-        parameters = []
+    parameters = _parameters(function)
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "args")
     return [*names, *(f"{rest}_{i}" for i in range(count - len(names)))][:count]
+
+
+def returned_caches(forward: Callable[..., Any], result: Any) -> frozenset[int]:
+    """Which leaves of `result` are caches that the next call is given: those in a dict beside other results, of a forward
+    that takes such a dict (`hidden, conv_cache = decoder(latents, conv_cache=conv_cache)`, CogVideoX and Mochi)."""
+    found: set[int] = set()
+    if isinstance(result, tuple) and any(p.name.endswith("_cache") for p in _parameters(forward)):
+        start = 0
+        for part in result:
+            stop = start + len(torch.utils._pytree.tree_leaves(part))
+            found.update(range(start, stop) if type(part) is dict else ())
+            start = stop
+    return frozenset(found)
 
 
 def _tensor_names(name: str, value: Any) -> list[str]:

@@ -31,6 +31,7 @@ from pvae.call_structure import (
     content_of,
     describe,
     fill,
+    returned_caches,
     same_layout,
     tensors_of,
     write_back,
@@ -304,9 +305,12 @@ class CompiledForward:
             if constants:
                 report.notes.append(f"{constants} tensors made in forward are constants of the graph")
             REGISTRY.add(report, weights, None)
-            result = {leaf.index for leaf in traced.result if isinstance(leaf, Out)}
+            result = frozenset(leaf.index for leaf in traced.result if isinstance(leaf, Out))
             effects = [leaf for _, template in traced.effects for leaf in _leaves(template)]
             free = frozenset(leaf.index for leaf in effects if isinstance(leaf, Out)) - result
+            others = {
+                leaf.index for i, leaf in enumerate(traced.result) if i not in traced.caches and isinstance(leaf, Out)
+            }
             pieces = (_fake_piece(mode, t) for t in tensors)
             given = [f if p is None else p for f, p in zip(fakes, (*pieces, *[None] * len(weights)), strict=True)]
             world = region_ranks(capture, self.options)
@@ -318,6 +322,7 @@ class CompiledForward:
                     report,
                     self.counter,
                     free_strides=free,
+                    returned_caches=result - others,
                     ranks=self.ranks,
                     world=world,
                     observe=self.observe,
@@ -354,6 +359,7 @@ class CompiledForward:
             held[:] = [table.get(name, Absent.ABSENT) for table, name in self._written]
         leaves, traced.spec = torch.utils._pytree.tree_flatten(result)
         traced.result = [templates.leaf(leaf) for leaf in leaves]
+        traced.caches = returned_caches(self.original, result)
         after = [templates.content(box) for box in rebuild.boxes]
         traced.effects = [(i, a) for i, (a, b) in enumerate(zip(after, before, strict=True)) if a != b]
         return templates.outputs
@@ -380,6 +386,7 @@ class _Traced:
     """What tracing learnt besides the graph: where each output goes."""
 
     result: list[Any] = field(default_factory=list)
+    caches: frozenset[int] = frozenset()  # of result
     spec: Any = None
     effects: list[tuple[int, Any]] = field(default_factory=list)
 

@@ -95,8 +95,10 @@ def cases(draw: st.DrawFn) -> tuple[Norm, Operands, Border]:
 
     def modulation(which: str) -> Tensor | None:
         vector = (draw(st.sampled_from((1, shape[0]))), channels) + (1,) * spatial
-        of = {"like": shape, "vector": vector}.get(which)
-        return None if of is None else activation(of, dtype, seed + 7)
+        fewer = [draw(st.sampled_from([f for f in (1, 2, 3, 5, 6) if size % f == 0])) for size in sizes[-2:]]
+        small = (*shape[:-2], shape[-2] // fewer[0], shape[-1] // fewer[1])
+        of = {"like": shape, "vector": vector, "small": small}.get(which)
+        return None if of is None else activation(of, dtype, seed + 7, draw(st.sampled_from(("dense", "crop", "half"))))
 
     def weights(offset: int) -> Tensor | None:
         generator = torch.Generator().manual_seed(seed + offset)
@@ -107,7 +109,7 @@ def cases(draw: st.DrawFn) -> tuple[Norm, Operands, Border]:
         1.0 if kind in ("layer", "group") else draw(st.sampled_from((1.0, 5.5))), groups,
         kind == "group" and spatial == 3 and draw(st.booleans()),
     )  # fmt: skip
-    which = st.sampled_from(("", "", "like", "vector"))
+    which = st.sampled_from(("", "like", "vector", "small", "small"))
     how = draw(st.sampled_from(("dense", "dense", "crop", "half")))
     x = activation(shape, dtype, seed, how, draw(st.sampled_from((0.0, 3.0))))
     operands = Operands(x, weights(1), weights(2), modulation(draw(which)), modulation(draw(which)))
@@ -125,6 +127,16 @@ def cases(draw: st.DrawFn) -> tuple[Norm, Operands, Border]:
         Border(),
     )
 )
+@example(
+    case=(
+        Norm("group", 1e-6, "silu", groups=2),
+        Operands(
+            activation((1, 64, 3, 8, 6), torch.bfloat16, 0), torch.ones(64), torch.ones(64),
+            activation((1, 64, 3, 2, 2), torch.bfloat16, 1), activation((1, 64, 3, 1, 6), torch.bfloat16, 2, "crop"),
+        ),
+        Border.of((2, 0, 1, 1, 1, 1), "replicate,reflect,constant", 3),
+    )
+)  # fmt: skip
 @example(
     case=(
         Norm("group", 1e-6, "silu", groups=32, per_frame=True),

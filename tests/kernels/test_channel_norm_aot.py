@@ -39,6 +39,12 @@ USES: dict[str, tuple[Norm, tuple[int, ...], Border, tuple[str, ...]]] = {
         AROUND,
         ("weight", "bias", "scale", "shift"),
     ),
+    "spatial": (
+        Norm("group", 1e-6, "silu", groups=32),
+        (1, 128, 9, 96, 96),
+        Border((2, 0, 0, 0, 0, 0), ("replicate",) * 3),
+        ("weight", "bias", "small scale", "small shift"),
+    ),
     "small": (Norm("group", 1e-6, "relu", groups=32), (1, 768, 9, 6, 6), Border(), ("weight", "bias")),
     "frames": (Norm("group", 1e-6, groups=1, per_frame=True), (1, 768, 9, 30, 52), AROUND, ()),
 }
@@ -47,13 +53,13 @@ USES: dict[str, tuple[Norm, tuple[int, ...], Border, tuple[str, ...]]] = {
 def plan_of(
     norm: Norm, shape: tuple[int, ...], border: Border, given: tuple[str, ...], lanes: int, dtype: torch.dtype = BF16
 ) -> tuple[Plan, Operands]:
-    def like() -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta", memory_format=FORMATS[len(shape)])
+    def made(name: str) -> torch.Tensor:
+        if name in ("weight", "bias"):
+            return torch.empty(shape[1], dtype=dtype, device="meta")
+        sizes = (*shape[:-2], shape[-2] // 8, shape[-1] // 8) if name.startswith("small") else shape
+        return torch.empty(sizes, dtype=dtype, device="meta", memory_format=FORMATS[len(shape)])
 
-    def vector() -> torch.Tensor:
-        return torch.empty(shape[1], dtype=dtype, device="meta")
-
-    operands = Operands(like(), **{n: like() if n in ("scale", "shift") else vector() for n in given})
+    operands = Operands(made("x"), **{name.removeprefix("small "): made(name) for name in given})
     plan = make_plan(norm, operands, border, lanes)
     assert isinstance(plan, Plan), plan
     return plan, operands
@@ -93,7 +99,7 @@ def assembly(step: Step, operands: Operands, target: GPUTarget) -> str:
 @pytest.mark.parametrize("use", USES)
 def test_compiles(use: str, target: str) -> None:
     plan, operands = plan_of(*USES[use], TARGETS[target].warp_size)
-    assert len(plan.steps) == {"group": 3, "frames": 3, "small": 2}.get(use, 1)
+    assert len(plan.steps) == {"group": 3, "spatial": 3, "frames": 3, "small": 2}.get(use, 1)
     for step in plan.steps:
         text = assembly(step, operands, TARGETS[target])
         if target.startswith("hip"):

@@ -68,6 +68,20 @@ def test_scale_and_shift() -> None:
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("factors", [(1, 5), (2, 1), (4, 5)])
+def test_scale_and_shift_of_fewer_rows_and_columns_are_enlarged_as_by_interpolate(factors: tuple[int, int]) -> None:
+    rows, columns = factors
+    for x in (VIDEO, PICTURE):
+        small = (*x.shape[:-2], 4 // rows, 5 // columns)
+        scale, shift = torch.randn(small, dtype=x.dtype), torch.randn(small, dtype=x.dtype)
+        large = [F.interpolate(s, size=x.shape[2:]) for s in (scale, shift)]
+        got = GROUP_NORM(x, 2, W, B, 1e-5, "silu", scale=scale, shift=shift)
+        torch.testing.assert_close(got, F.silu(F.group_norm(x, 2, W, B) * large[0] + large[1]), rtol=1e-12, atol=1e-12)
+        got = CHANNEL_NORM(x, None, None, "rms", 1e-6, scale=scale, shift=x)
+        want = x / torch.sqrt((x**2).mean(1, keepdim=True) + 1e-6) * large[0] + x
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("mode", ["constant", "replicate", "reflect"])
 def test_borders_are_those_of_pad(mode: str) -> None:
     inner = CHANNEL_NORM(VIDEO, W, None, "rms", 1e-6)
@@ -103,6 +117,8 @@ def test_each_dimension_may_have_a_mode_of_its_own() -> None:
         (lambda x: GROUP_NORM(x, 3, None, None, 1e-6), "8 channels do not divide into 3 groups"),
         (lambda x: GROUP_NORM(x[:, :, 0], 2, None, None, 1e-6, per_frame=True), "per_frame"),
         (lambda x: GROUP_NORM(x, 2, None, None, 1e-6, scale=x[:, :, :1]), "scale"),
+        (lambda x: GROUP_NORM(x, 2, None, None, 1e-6, shift=x[..., :3]), "shift .* whole number of times fewer"),
+        (lambda x: GROUP_NORM(x, 2, None, None, 1e-6, shift=x[..., :0]), "shift .* whole number of times fewer"),
     ],
 )
 def test_errors(call: Callable[[Tensor], Tensor], message: str) -> None:
@@ -168,6 +184,14 @@ def test_positions_merge_where_nothing_tells_them_apart() -> None:
     assert around.sizes == (2, 4, 48, 64) and not around.flat
     crop = find_layout(Operands(x[..., 1:-1]), Border(), False, False)
     assert crop.sizes == (2, 4, 48, 62) and not crop.flat
+
+
+def test_rows_and_columns_stay_apart_where_a_scale_has_fewer() -> None:
+    x = like((2, 96, 4, 48, 64))
+    layout = find_layout(Operands(x, scale=like((2, 96, 4, 6, 16)), shift=x), Border(), False, False)
+    assert layout.sizes == (2, 4, 48, 64) and not layout.flat
+    assert layout.factors == {"x": (1, 1), "scale": (8, 4), "shift": (1, 1)}
+    assert layout.strides["scale"] == (4 * 6 * 16 * 96, 6 * 16 * 96, 16 * 96, 96)
 
 
 @pytest.mark.parametrize("lanes", [32, 64])

@@ -220,15 +220,18 @@ def test_other_steps(between: Callable[[Tensor], Tensor]) -> None:
     ("before", "reason"),
     [
         (lambda x, w: (lambda u: conv(u, w).sum() + u.sum())(up(x)), "the enlarged activation has 2 readers"),
-        (lambda x, w: conv(F.interpolate(x, scale_factor=3.0), w), "enlarges 5x6 to 15x18, not rows and columns by 2"),
-        (lambda x, w: conv(F.interpolate(x, size=(10, 6)), w), "enlarges 5x6 to 10x6, not rows and columns by 2"),
+        (
+            lambda x, w: conv(F.interpolate(x, scale_factor=3.0), w),
+            "enlarges rows and columns 3 and 3 times, not twice",
+        ),
+        (lambda x, w: conv(F.interpolate(x, size=(10, 6)), w), "enlarges rows and columns 2 and 1 times, not twice"),
         (
             lambda x, w: conv(F.interpolate(x, scale_factor=(2.0, 2.1)), w),
-            "enlarges 5x6 to 10x12, not rows and columns by 2",
+            "enlarges 5x6 to 10x12, not rows and columns by whole numbers up to 40",
         ),
         (
             lambda x, w: conv(x.repeat_interleave(3, 2).repeat_interleave(2, 3), w),
-            "repeats rows and columns 3 and 2 times, not twice",
+            "enlarges rows and columns 3 and 2 times, not twice",
         ),
         (
             lambda x, w: (lambda u: conv(u.repeat_interleave(2, 3), w).sum() + u.sum())(x.repeat_interleave(2, 2)),
@@ -437,8 +440,8 @@ def test_ranks_without_rows_are_left_alone() -> None:
 @pytest.mark.parametrize(
     ("have", "need", "fill", "reason"),
     [
-        ((0, 10, 13), ((-1, 11), (9, 14)), "zeros", "the ranks hold rows (0, 10, 13) of the enlarged activation: an odd number, or none"),
-        ((0, 10, 10), ((-1, 6), (4, 11)), "zeros", "the ranks hold rows (0, 10, 10) of the enlarged activation: an odd number, or none"),
+        ((0, 10, 13), ((-1, 11), (9, 14)), "zeros", "the ranks hold rows (0, 10, 13) of the enlarged activation: not whole ones of the small one, or none"),
+        ((0, 10, 10), ((-1, 6), (4, 11)), "zeros", "the ranks hold rows (0, 10, 10) of the enlarged activation: not whole ones of the small one, or none"),
         ((0, 10, 20), ((-1, 11), (8, 21)), "zeros", "the ranks fetch rows ((-1, 11), (8, 21)) of the enlarged activation, not all alike"),
         ((0, 10, 20), ((-1, 11), (9, 21)), "reflect", "fetches reflect beyond the border of the enlarged activation"),
         ((0, 10), ((1, 8),), "zeros", "cuts the enlarged activation for this rank alone"),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import pvae
+from pvae.passes.enlarged import LARGEST
 from pvae.passes.rule import Report
 from pvae.runtime.torch_compat import new_fake_mode
 from pvae.testing import agreement, assert_rewrites_to, refusals, relative_error, rewrite, video_models
@@ -366,6 +367,69 @@ def test_a_rounding_inside_float64_is_kept() -> None:
     """LTX's norms round to float32 inside a float64 model; one op in float64 would be another result."""
     _, reports = rewrite(lambda x: moved(rms_over_last, x), X.double(), passes=PASSES, options=ON)
     assert refusals(reports) == ["it rounds torch.float64 to less inside"]
+
+
+def enlarged(x: Tensor, *sizes: int) -> Tensor:
+    return F.interpolate(x, size=sizes)
+
+
+def test_an_enlarged_scale_and_shift_are_read_as_they_were() -> None:
+    """By whole numbers in rows and columns; in time, and 1 + scale, on the small one."""
+    s, t = torch.randn(2, C, 3, 2, 1), torch.randn(2, C, 1, 4, 5)
+
+    def expected(x: Tensor, s: Tensor, t: Tensor) -> Any:
+        t = aten.upsample_nearest3d.vec(t, [3, 4, 5], None)
+        s = aten.contiguous.default(aten.add.Tensor(s, 1), memory_format=torch.channels_last_3d)
+        return group(x, 4, None, None, 1e-5, "silu", scale=s, shift=t)
+
+    check(
+        lambda x, s, t: F.silu(F.group_norm(x, 4) * (enlarged(s, 3, 4, 5) + 1) + enlarged(t, 3, 4, 5)),
+        expected,
+        X,
+        s,
+        t,
+    )
+
+
+def test_an_enlarged_scale_that_others_read_is_still_read_small() -> None:
+    def before(x: Tensor, s: Tensor) -> Tensor:
+        large = enlarged(s, 4, 5)
+        return F.group_norm(x, 4) * large + large
+
+    s = torch.randn(2, C, 2, 5).to(memory_format=torch.channels_last)
+    check(before, lambda x, s: group(x, 4, None, None, 1e-5, "none", scale=s, shift=s), PICTURE, s)
+
+
+@pytest.mark.parametrize(
+    "enlarge",
+    [
+        lambda s: F.interpolate(s, size=(4, 5), mode="bilinear"),
+        lambda s: F.interpolate(s[:, :, :, :2], size=(4, 5)),  # by 5 / 2
+        lambda s: F.pad(F.interpolate(s, size=(4, 6)), (0, -1)),
+    ],
+)
+def test_what_is_not_enlarged_by_whole_numbers_is_written(enlarge: Function) -> None:
+    s = torch.randn(2, C, 2, 3)
+    gm, (_, report) = rewrite(lambda x, s: F.group_norm(x, 4) * enlarge(s), PICTURE, s, passes=PASSES, options=ON)
+    assert [m.note for m in report.matches] == ["group norm + scale"]
+    torch.testing.assert_close(gm(PICTURE, s)[0], F.group_norm(PICTURE, 4) * enlarge(s), rtol=1e-4, atol=1e-5)
+
+
+def test_auto_takes_what_is_enlarged_however_it_is_laid_out() -> None:
+    def before(x: Tensor, s: Tensor) -> Tensor:
+        return F.group_norm(x, 4) * F.interpolate(s.view(1, C, 3, 2, 3), size=(3, 4, 6))
+
+    reports = auto(before, (1, C, 3, 4, 6), (C, 18), dtype=torch.bfloat16)
+    assert [m.note for m in reports[1].matches] == ["group norm + enlarged scale"]
+
+
+def test_whole_numbers_are_those_that_aten_reads_exactly() -> None:
+    """Entry i // factor for each i, by a product with a rounded 1 / factor; 41 is the first that it fails for."""
+    for factor in (*range(1, LARGEST + 1), 41):
+        x = torch.arange(300.0).reshape(1, 1, 300, 1)
+        for size in ({"size": (300 * factor, 1)}, {"scale_factor": (float(factor), 1.0)}):
+            exact = torch.equal(F.interpolate(x, **size), x.repeat_interleave(factor, 2))
+            assert exact is (factor <= LARGEST)
 
 
 # Numbers --------------------------------------------------------------------------------------------------------------

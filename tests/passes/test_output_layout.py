@@ -56,6 +56,24 @@ def test_caches_follow_the_layout_that_the_graph_works_in() -> None:
         assert cache.untyped_storage().nbytes() == cache.numel() * 4
 
 
+def test_returned_caches_stay_as_they_are_computed() -> None:
+    """Channels-last if they are so; not turned over if not, though the graph works channels-last."""
+
+    def two(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = F.conv3d(x, w, padding=1)
+        return y, y[:, :, -2:].clone(), (x + 1).clone()
+
+    captured = capture(two, X, W)
+    context = Context(parse_options({}, {}), returned_caches=frozenset({1, 2}))
+    run_pipeline(captured.gm, Pipeline.parse("conv_taps{form=taps}"), context)
+    y, cache, contiguous = captured.gm(X, W)
+    for got, expected in zip((y, cache, contiguous), two(X, W), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert y.is_contiguous() and contiguous.is_contiguous()
+    assert cache.is_contiguous(memory_format=torch.channels_last_3d) and not cache.is_contiguous()
+    assert cache.untyped_storage().nbytes() == cache.numel() * 4
+
+
 def test_inputs_are_handed_back_as_they_are() -> None:
     gm, relaid = compiled(lambda x, w: (x, x.transpose(1, 2)), "channels_last{layout=on}", free=True)
     assert gm(X, W)[0] is X and relaid <= 1

@@ -104,6 +104,23 @@ def test_attribute_caches(name: str) -> None:
     assert len(pvae.report(case.model).graphs) == count
 
 
+def test_caches_in_a_returned_dict_stay_as_the_graph_computes_them() -> None:
+    """CogVideoX's decoder returns them beside its result. Of nine frames, decoded as 3 + 2 + 2 + 2, the last two calls
+    are of one kind; the second is given caches of three frames."""
+    case = load("cogvideox")
+    exact = case.cast(torch.float64)
+    pvae.compile(case.model, conv3d="taps", norm_act="on", **EAGER)
+    (decoder,) = [f for f in compiled_forwards(case.model) if f.module is case.model.decoder]
+    seen: list[dict[str, Any]] = []
+    case.model.decoder.register_forward_hook(lambda module, args, result: seen.append(result[1]))
+    assert_right(case, exact, case.model, latents(9))
+    assert len(decoder.programs) == 3 and len(seen) == 4
+    for caches in seen:
+        cache = caches["conv_out"]
+        assert cache.is_contiguous(memory_format=torch.channels_last_3d) and not cache.is_contiguous()
+        assert caches["norm_out"]["conv_y"].is_contiguous()  # of the latents, which are
+
+
 def test_cosmos_negative_bases_by_torch_compile() -> None:
     """FX's generated code turns (-1) ** x into -(1 ** x), and Cosmos' wavelets with it."""
     case = load("cosmos")
