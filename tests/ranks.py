@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import subprocess
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,15 +43,32 @@ def on_threads(world: int, run: Callable[[int], Any]) -> list[Any]:
         torch._C._distributed_c10d._set_thread_isolation_mode(False)
 
 
-def on_processes(commands: Sequence[Sequence[str]], seconds: float) -> None:
-    """Start one process a rank and see that each ends well within so many seconds; what a failing one said is shown."""
-    ranks = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for command in commands
-    ]
+def on_forks(*ranks: Callable[[], None]) -> int:
+    """Each in a process of its own, a fork of this one, so that what this one has imported is imported once. Returns how many
+    did not end well."""
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=rank) for rank in ranks]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return sum(process.exitcode != 0 for process in processes)
+
+
+def run_script(script: Path, *arguments: str, seconds: float) -> None:
+    """Run a script that forks its ranks; all of them are gone after so many seconds. What they said is shown if it fails."""
+    paths = (os.environ.get("PYTHONPATH"), str(Path(__file__).parents[1]))  # scripts import from `tests`
+    process = subprocess.Popen(
+        [sys.executable, str(script), *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        for rank in ranks:
-            said, _ = rank.communicate(timeout=seconds)
-            assert rank.returncode == 0, said
+        said, _ = process.communicate(timeout=seconds)
+        assert process.returncode == 0, said
     finally:
-        for rank in ranks:
-            rank.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)

@@ -59,7 +59,7 @@ def cases(draw: st.DrawFn, forms: tuple[str, ...] = FORMS, select: bool | None =
     frames = draw(st.sampled_from((1, 2, 3)))
     channels = draw(st.integers(8, 200) | st.sampled_from((8, 256)))
     operands = examples(
-        (draw(st.integers(1, 3)), frames * draw(st.integers(1, 4)), channels),
+        (draw(st.integers(1, 2)), frames * draw(st.integers(1, 3)), channels),
         draw(dtypes),
         residual=norm == "none" or draw(st.booleans()),
         affine=draw(st.booleans()),

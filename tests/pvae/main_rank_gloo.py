@@ -1,5 +1,5 @@
-"""One rank of `test_main_rank_gloo.py`'s processes: regions that run on rank 0 only. It is started, and
-reports, as `shard_gloo.py` is and does.
+"""The processes of `test_main_rank_gloo.py`: regions that run on rank 0 only. They are started, and report, as those of
+`shard_gloo.py` are and do.
 
 "alike" is a sum of all numbers that a rank has in the end, for the test to see that the ranks have the same.
 """
@@ -459,4 +459,4 @@ def refusals(rank: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5])
+    main(*sys.argv[1:])

@@ -1,5 +1,5 @@
-"""One rank of `test_sequence_gloo.py`'s processes: transformers split over ranks by their tokens. Started as
-`python -m tests.pvae.sequence_gloo SESSION WORLD RANK STORE FOLDER`, and reports as `shard_gloo.py` does."""
+"""The processes of `test_sequence_gloo.py`: transformers split over ranks by their tokens. They are started, and report, as
+those of `shard_gloo.py` are and do."""
 
 from __future__ import annotations
 
@@ -344,6 +344,13 @@ def stops_after_a_block(rank: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "models":
+    if any(session.startswith("models=") for session in sys.argv):
+        from diffusers import (  # noqa: F401  (once for all ranks)
+            FluxTransformer2DModel,
+            QwenImageTransformer2DModel,
+            WanTransformer3DModel,
+        )
+
         from pvae.tools.zoo import load
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5])
+
+    main(*sys.argv[1:])

@@ -1,6 +1,6 @@
-"""One rank of `test_shard_gloo.py`'s processes: `shard_gloo.py SESSION WORLD RANK STORE FOLDER`.
+"""The processes of `test_shard_gloo.py`: `shard_gloo.py FOLDER SESSION=WORLD ...` forks the ranks of all sessions.
 
-It goes through the scenarios of its session in order and leaves in FOLDER how it fared in each, as JSON: what the scenario
+Each goes through the scenarios of its session in order and leaves in FOLDER how it fared in each, as JSON: what the scenario
 returned, or the error and the ranks that it names, and the seconds that it took.
 """
 
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from pvae.runtime import fetch
 from pvae.runtime.rank_agreement import RankError
 from pvae.runtime.sharded_tensor import ShardedTensor
 from pvae.testing import agreement, relative_error
+from tests.ranks import on_forks
 
 SECONDS = 6.0  # the timeout where ranks are to fail each other; how long a compile of the small models may take
 PATIENT = {"engine": "eager", "timeout": 120.0}
@@ -386,20 +388,37 @@ def outcome(call: Callable[[int], dict[str, Any]], rank: int) -> dict[str, Any]:
     return {**found, "seconds": time.monotonic() - start}
 
 
-def main(session: str, world: int, rank: int, store: str, folder: str) -> None:
+def one_rank(session: str, world: int, rank: int, folder: Path) -> None:
+    with open(folder / f"{session}{rank}.log", "w") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=120)
+        "gloo",
+        init_method=f"file://{folder / session}.store",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=120),
     )
     dist.barrier()
     found: dict[str, Any] = {}
     for name, call in SESSIONS[session].items():
         found[name] = outcome(call, rank)
-        Path(folder, f"{session}{rank}.json").write_text(json.dumps(found))
+        (folder / f"{session}{rank}.json").write_text(json.dumps(found))
     os._exit(0)  # groups with dead ranks are not to be taken down in order
 
 
+def main(folder: str, *sessions: str) -> None:
+    """The sessions run side by side, each as NAME=WORLD."""
+    worlds = {name: int(world) for name, _, world in (session.partition("=") for session in sessions)}
+    places = [(name, world, rank) for name, world in worlds.items() for rank in range(world)]
+    on_forks(*(partial(one_rank, *place, Path(folder)) for place in places))
+
+
 if __name__ == "__main__":
-    if sys.argv[1] == "zoo":
+    if any(session.startswith("zoo=") for session in sys.argv):
+        from diffusers import AutoencoderKL, AutoencoderKLWan  # noqa: F401  (once for all ranks)
+
         from pvae.tools.zoo import load
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5])
+
+    main(*sys.argv[1:])

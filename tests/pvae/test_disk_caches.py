@@ -22,17 +22,18 @@ import torch, pvae
 from torch._dynamo.utils import counters
 torch.set_num_threads(1)
 torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Conv3d(4, 4, 3, padding=1), torch.nn.SiLU())
-x = torch.randn(1, 4, 3, 5, 5)
-with torch.no_grad():
-    expected = model(x)
-    if ENTRY == "pvae.compile":
-        got = pvae.compile(model, conv3d="unfold2d")(x)
-    else:
-        got = torch.compile(model, backend="pvae", options={"conv3d": "unfold2d"})(x)
 assert pvae.__file__.startswith(HOME), pvae.__file__
-scale = (got / expected).median().item()
-print(f"{scale:.3f}", counters["inductor"]["fxgraph_cache_hit"] > 0)
+for channels, entry in ((4, "pvae.compile"), (5, "torch.compile")):  # of other sizes: one cannot hit what the other stored
+    model = torch.nn.Sequential(torch.nn.Conv3d(channels, 4, 3, padding=1), torch.nn.SiLU())
+    x = torch.randn(1, channels, 3, 5, 5)
+    counters.clear()
+    with torch.no_grad():
+        expected = model(x)
+        if entry == "pvae.compile":
+            got = pvae.compile(model, conv3d="unfold2d")(x)
+        else:
+            got = torch.compile(model, backend="pvae", options={"conv3d": "unfold2d"})(x)
+    print(f"{(got / expected).median().item():.3f}", counters["inductor"]["fxgraph_cache_hit"] > 0)
 """
 
 
@@ -55,24 +56,24 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
-def run(home: Path, cache: Path, entry: str) -> list[str]:
+def run(home: Path, cache: Path) -> list[str]:
+    """By `pvae.compile`, then by `torch.compile`: what comes back over what should, and whether the cache had it."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PVAE_", "TORCHINDUCTOR_"))}
     environment |= {"PYTHONPATH": str(home), "PYTHONSAFEPATH": "1", "TORCHINDUCTOR_CACHE_DIR": str(cache)}
-    script = f"ENTRY, HOME = {entry!r}, {str(home)!r}\n" + SCRIPT
+    script = f"HOME = {str(home)!r}\n" + SCRIPT
     done = subprocess.run([sys.executable, "-c", script], cwd=home, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+    return done.stdout.splitlines()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("entry", ["pvae.compile", "torch.compile"])
-def test_cold_warm_and_edited(house: Path, tmp_path: Path, entry: str) -> None:
+def test_cold_warm_and_edited(house: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    assert run(house, cache, entry) == ["1.000", "False"]
-    assert run(house, cache, entry) == ["1.000", "True"]
+    assert run(house, cache) == ["1.000 False"] * 2
+    assert run(house, cache) == ["1.000 True"] * 2
     kernel = house / "pvae" / "kernels" / "conv3d_unfold.py"
     edit(kernel, "    t_step, h_step = _chunks(", "    return y.fill_(float('nan'))\n    t_step, h_step = _chunks(")
-    assert run(house, cache, entry) == ["nan", "False"], "an edited kernel is another key"
+    assert run(house, cache) == ["nan False"] * 2, "an edited kernel is another key"
 
 
 @pytest.fixture

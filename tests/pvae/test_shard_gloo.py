@@ -4,9 +4,6 @@ fail that do not do the same. The scenarios are in `shard_gloo.py`; a session is
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import pytest
 
 from pvae.testing import FLOAT64_BOUND
 from tests.pvae.shard_gloo import SECONDS, SESSIONS
+from tests.ranks import run_script
 
 pytest.importorskip("diffusers")
 
@@ -27,21 +25,8 @@ def run(
     sessions: Sequence[str], folder: Path, script: str = "shard_gloo.py", worlds: Mapping[str, int] = WORLDS
 ) -> dict[str, Fared]:
     """How each rank fared in each scenario that it lived to report. The sessions run side by side."""
-    here, started = Path(__file__), []
-    environment = {**os.environ, "PYTHONPATH": str(here.parents[2])}  # scripts import from `tests`
-    for name in sessions:
-        command = [sys.executable, str(here.with_name(script)), name, str(worlds[name])]
-        for rank in range(worlds[name]):
-            with open(folder / f"{name}{rank}.log", "w") as log:
-                where = [str(rank), str(folder / f"{name}.store"), str(folder)]
-                out = {"stdout": log, "stderr": subprocess.STDOUT}
-                started.append(subprocess.Popen([*command, *where], env=environment, **out))
-    try:
-        for process in started:
-            process.wait(240)
-    finally:
-        for process in started:
-            process.kill()
+    asked = [f"{name}={worlds[name]}" for name in sessions]
+    run_script(Path(__file__).with_name(script), str(folder), *asked, seconds=240)
     found: dict[str, Fared] = {}
     for name in sessions:
         files = [folder / f"{name}{rank}.json" for rank in range(worlds[name])]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,7 @@ from pvae.runtime.rank_agreement import RankAgreement, RankError
 from pvae.tile_plan import TilePlan
 from pvae.tiles import install_tiles, remove_tiles, tiles_of
 from tests.pvae.tiles_case import InOneProcess, installed, mesh, why
-from tests.ranks import on_processes
+from tests.ranks import run_script
 
 
 @pytest.fixture(autouse=True)
@@ -384,8 +383,5 @@ def locked(lock: threading.Lock, function: Callable[..., Any], *args: Any) -> An
 
 @pytest.mark.slow
 def test_gloo_processes(tmp_path: Path) -> None:
-    world = 2
     pytest.importorskip("diffusers")
-    script = Path(__file__).with_name("tiles_gloo.py")
-    command = [sys.executable, str(script), str(tmp_path / "store"), str(world)]
-    on_processes([[*command, str(rank)] for rank in range(world)], 300)
+    run_script(Path(__file__).with_name("tiles_gloo.py"), "2", str(tmp_path / "store"), seconds=300)

@@ -95,7 +95,7 @@ def test_zoo(name: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = run(case, twin)
     before = {k: v for k, v in vars(case.model).items() if k != "_modules"}
     group = InOneProcess(case.model, monkeypatch)
-    for world in (2, 3, 5):
+    for world in (2, 5):
         group.at(world)
         assert torch.equal(run(case, case.model), wanted), f"world {world}"
         assert sum(group.computed[-1]) == sum(s.numel() for s in map(torch.Size, shapes_sent(group.plan)))

@@ -1,10 +1,11 @@
-"""One rank of `test_tiles.py`'s gloo run: `tiles_gloo.py STORE WORLD RANK`. Exits with 0 if it decoded what one rank does."""
+"""The ranks of `test_tiles.py`'s gloo run: `tiles_gloo.py WORLD STORE`. Exits with 0 if each decoded what one rank does."""
 
 from __future__ import annotations
 
 import copy
 import sys
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -15,9 +16,10 @@ from pvae.runtime.mesh import make_mesh
 from pvae.runtime.rank_agreement import RankError
 from pvae.tiles import install_tiles, remove_tiles
 from pvae.tools.zoo import load
+from tests.ranks import on_forks
 
 
-def main(store: str, world: int, rank: int) -> None:
+def main(rank: int, world: int, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=120)
@@ -54,4 +56,7 @@ def main(store: str, world: int, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    from diffusers import AutoencoderKL, AutoencoderKLWan  # noqa: F401  (once for all ranks)
+
+    world = int(sys.argv[1])
+    sys.exit(on_forks(*(partial(main, rank, world, sys.argv[2]) for rank in range(world))))

@@ -1,9 +1,10 @@
-"""One rank of `test_exchange.py`'s gloo run: `exchange_gloo.py RANK WORLD STORE`. Exits with 0 if all it got is right."""
+"""The ranks of `test_exchange.py`'s gloo run: `exchange_gloo.py WORLD STORE`. Exits with 0 if all that they got is right."""
 
 from __future__ import annotations
 
 import sys
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from pvae.runtime.exchange import Box, exchange
 from pvae.runtime.mesh import make_mesh
+from tests.ranks import on_forks
 
 ROWS = ((0, 5), (5, 5), (5, 9))  # rank 1 holds nothing
 QUERIES: tuple[Box, ...] = (((0, 2), (0, 9)), ((2, 4), (0, 9)), ((4, 6), (0, 9)))
@@ -74,4 +76,5 @@ def main(rank: int, world: int, store: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    world = int(sys.argv[1])
+    sys.exit(on_forks(*(partial(main, rank, world, sys.argv[2]) for rank in range(world))))

@@ -1,15 +1,17 @@
-"""One rank of `test_fetch.py`'s gloo run: `fetch_gloo.py RANK WORLD STORE`. Exits with 0 if all it fetched is right."""
+"""The ranks of `test_fetch.py`'s gloo run: `fetch_gloo.py WORLD STORE`. Exits with 0 if all that they fetched is right."""
 
 from __future__ import annotations
 
 import sys
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from pvae.runtime.fetch import fetch
 from pvae.runtime.mesh import make_mesh
+from tests.ranks import on_forks
 
 HAVE = (0, 5, 5, 9)  # rank 1 holds nothing
 HALO = ((0, 7), (3, 7), (4, 9))
@@ -68,4 +70,5 @@ def main(rank: int, world: int, store: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    world = int(sys.argv[1])
+    sys.exit(on_forks(*(partial(main, rank, world, sys.argv[2]) for rank in range(world))))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from operator import getitem
@@ -24,7 +23,7 @@ from pvae.passes.ir import Builder, aten, derive
 from pvae.runtime.exchange import Box, Boxes, exchange, exchanged_like, is_local, movement
 from pvae.runtime.mesh import make_mesh
 from pvae.runtime.torch_compat import new_fake_mode, static_fake
-from tests.ranks import on_processes, on_threads
+from tests.ranks import on_threads, run_script
 
 
 def cut(whole: Tensor, box: Box) -> Tensor:
@@ -316,6 +315,4 @@ def test_a_node_of_a_graph() -> None:
 
 @pytest.mark.slow
 def test_gloo_processes(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("exchange_gloo.py")
-    store = str(tmp_path / "store")
-    on_processes([[sys.executable, str(script), str(rank), "3", store] for rank in range(3)], 500)
+    run_script(Path(__file__).with_name("exchange_gloo.py"), "3", str(tmp_path / "store"), seconds=500)

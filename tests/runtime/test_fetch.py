@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from itertools import accumulate, pairwise
@@ -22,7 +21,7 @@ from pvae.runtime.fetch import fetch, fetched_like
 from pvae.runtime.fetch_plan import fetch_plan
 from pvae.runtime.mesh import Mesh, make_mesh
 from pvae.runtime.torch_compat import new_fake_mode
-from tests.ranks import on_processes, on_threads
+from tests.ranks import on_threads, run_script
 
 
 def rows_of(whole: torch.Tensor, dim: int, start: int, stop: int, fill: str) -> torch.Tensor:
@@ -256,9 +255,7 @@ def test_dynamo_makes_one_graph(fake_rank: int, have: Any, need: Any, expected: 
 
 @pytest.mark.slow
 def test_gloo_processes(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("fetch_gloo.py")
-    store = str(tmp_path / "store")
-    on_processes([[sys.executable, str(script), str(rank), "3", store] for rank in range(3)], 500)
+    run_script(Path(__file__).with_name("fetch_gloo.py"), "3", str(tmp_path / "store"), seconds=500)
 
 
 def test_a_mesh_of_another_timeout_is_another(fake_rank: int) -> None:

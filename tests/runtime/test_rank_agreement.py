@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from pvae.runtime.rank_agreement import GRACE, RankAgreement, RankError
+from tests.ranks import on_forks, run_script
 
 GRAPH = ("all_to_all f32 [1,8,4,4] -> [1,8,2,4]", "all_reduce f32 [64]", "all_gather f32 [1,3,8,8]")
 SECONDS = 2.0
@@ -273,7 +274,7 @@ def timed(agreement: RankAgreement, group: Any, rank: int, world: int) -> Scenar
     return {"200 agreements": lambda: many(False), "200 on the values of 2.1 million float32": lambda: many(True)}
 
 
-def one_rank(session: str, world: int, port: int, folder: str, rank: int) -> None:
+def one_rank(session: str, world: int, port: int, folder: Path, rank: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     group = dist.new_group(timeout=timedelta(seconds=SECONDS))
@@ -284,27 +285,25 @@ def one_rank(session: str, world: int, port: int, folder: str, rank: int) -> Non
         agreement, group, rank, world
     ).items():
         found[name] = outcome(call)
-        Path(folder, f"{session}{rank}.json").write_text(json.dumps(found))
+        (folder / f"{session}{rank}.json").write_text(json.dumps(found))
     os._exit(0)  # a group with dead ranks is not to be taken down in order
 
 
 def run_sessions(names: Sequence[str], world: int, folder: Path) -> dict[str, list[dict[str, Any]]]:
     """How each rank fared in each scenario that it lived to report. The sessions run side by side."""
-    running = []
+    run_script(Path(__file__), str(folder), str(world), *names, seconds=90)
+    files = {name: [folder / f"{name}{rank}.json" for rank in range(world)] for name in names}
+    return {name: [json.loads(f.read_text()) if f.exists() else {} for f in fs] for name, fs in files.items()}
+
+
+def run_ranks(folder: Path, world: int, *names: str) -> None:
+    ranks = []
     for name in names:
         server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         port = server.port
         del server  # rank 0 hosts the store, as without torchrun
-        command = [sys.executable, __file__, name, str(world), str(port), str(folder)]
-        running += [subprocess.Popen([*command, str(rank)]) for rank in range(world)]
-    try:
-        for process in running:
-            process.wait(90)
-    finally:
-        for process in running:
-            process.kill()
-    files = {name: [folder / f"{name}{rank}.json" for rank in range(world)] for name in names}
-    return {name: [json.loads(f.read_text()) if f.exists() else {} for f in fs] for name, fs in files.items()}
+        ranks += [partial(one_rank, name, world, port, folder, rank) for rank in range(world)]
+    on_forks(*ranks)
 
 
 @pytest.fixture(scope="module")
@@ -351,4 +350,4 @@ if __name__ == "__main__":
         with tempfile.TemporaryDirectory() as place:
             print(run_sessions(["timed"], int(sys.argv[2]), Path(place)))
     else:
-        one_rank(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], int(sys.argv[5]))
+        run_ranks(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
