@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import functools
 import importlib
+import threading
 from collections.abc import Mapping
 from typing import Any
+
+
+LOADING = threading.Lock()
 
 
 @functools.cache
@@ -53,7 +57,10 @@ class Launch:
 
     def compile(self, *arguments: Any) -> Any:
         """What `by_triton` would launch, not launched."""
-        return kernel_named(self.kernel).warmup(*arguments, grid=self.grid, **self.constants, **self.options)
+        compiled = kernel_named(self.kernel).warmup(*arguments, grid=self.grid, **self.constants, **self.options)
+        with LOADING:
+            compiled.run  # noqa: B018  loads it, but says that it has before it is done
+        return compiled
 
     def directly(self, *arguments: Any) -> None:
         """Launch `compiled`."""
