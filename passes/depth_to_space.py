@@ -148,7 +148,8 @@ def _made_by(made: Node) -> tuple[Node, Node | None, Node | None, list[int] | No
     """(node, weight, bias, permutation behind it) of a convolution or linear whose result, channels second, is `made`."""
     conv = ConvNode.of(made)
     if conv is not None:
-        plain = conv.groups == 1 and not made.kwargs and laid_last(conv.weight)
+        plain = conv.groups == 1 and not made.kwargs and conv.batched and conv.ndim > 1
+        plain = plain and channels_last.is_channels_last(value(conv.weight))
         return made, conv.weight if plain else None, conv.bias, None
     rank = value(made).dim()
     source, dims = (made.args if made.target is aten.permute.default else (None, None))[:2]
@@ -165,13 +166,12 @@ def _rows(build: Builder, weight: Node | None, sizes: list[int], order: list[int
     """`weight` [prod(sizes), ...] with its rows, counted as `sizes`, in another order, and in the layout that it had."""
     if weight is None:
         return None
-    laid = weight.target is channels_last.OP
-    plain: Any = weight.args[0] if laid else weight
+    plain: Any = weight.args[0] if weight.target is channels_last.OP else weight
     rest = list(value(plain).shape[1:])
     apart = build(aten.reshape.default, plain, [*sizes, *rest])
     moved = build(aten.permute.default, apart, [*order, *range(len(sizes), len(sizes) + len(rest))])
     rows: Node = build(aten.reshape.default, moved, [math.prod(sizes), *rest])
-    return build(channels_last.OP, rows) if laid else rows  # type: ignore[no-any-return]
+    return build(channels_last.OP, rows) if laid_last(weight) else rows  # type: ignore[no-any-return]
 
 
 def _read_channels_last(node: Node) -> bool:
