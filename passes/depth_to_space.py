@@ -19,6 +19,7 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from pvae.kernels import channels_last
+from pvae.kernels.compact import OP as COMPACT
 from pvae.passes.channel_norm import is_innermost, norm_of
 from pvae.passes.channels_last import laid_last
 from pvae.passes.ir import Builder, ConvNode, aten, is_tensor, known, only_user, repropagate, value
@@ -109,8 +110,8 @@ class Producer:
     @classmethod
     def of(cls, shuffle: Shuffle) -> Producer | None:
         """The convolution or linear in front of `shuffle`, if nothing else reads it and its rows can be reordered."""
-        split = shuffle.moved.args[0]
-        if not isinstance(split, Node) or split.target not in RESHAPES or only_user(split) is not shuffle.moved:
+        split: Any = shuffle.moved.args[0]
+        if not isinstance(split, Node) or split.target not in RESHAPES or list(split.users) != [shuffle.moved]:
             return None
         made = split.args[0]
         if not isinstance(made, Node) or only_user(made) is not split:
@@ -152,14 +153,15 @@ def _made_by(made: Node) -> tuple[Node, Node | None, Node | None, list[int] | No
         plain = plain and channels_last.is_channels_last(value(conv.weight))
         return made, conv.weight if plain else None, conv.bias, None
     rank = value(made).dim()
-    source, dims = (made.args if made.target is aten.permute.default else (None, None))[:2]
-    if not isinstance(source, Node) or source.target is not aten.linear.default or only_user(source) is not made:
+    source: Any = made.args[0] if made.target is aten.permute.default else None
+    if not isinstance(source, Node) or source.target is not aten.linear.default or list(source.users) != [made]:
         return made, None, None, None
-    back: Any = [d % rank for d in dims]  # type: ignore[union-attr, operator]
+    dims: Any = made.args[1]
+    back = [d % rank for d in dims]
     if back != [0, rank - 1, *range(1, rank - 1)] or source.kwargs:
         return made, None, None, None
     _, weight, bias = (*source.args, None)[:3]
-    return source, weight, bias, back  # type: ignore[return-value]
+    return source, weight, bias, back
 
 
 def _rows(build: Builder, weight: Node | None, sizes: list[int], order: list[int]) -> Node | None:
@@ -170,8 +172,12 @@ def _rows(build: Builder, weight: Node | None, sizes: list[int], order: list[int
     rest = list(value(plain).shape[1:])
     apart = build(aten.reshape.default, plain, [*sizes, *rest])
     moved = build(aten.permute.default, apart, [*order, *range(len(sizes), len(sizes) + len(rest))])
+    moved = build(
+        COMPACT, moved, list(range(len(sizes) + len(rest)))
+    )  # Inductor does not realize a bias that is a view
     rows: Node = build(aten.reshape.default, moved, [math.prod(sizes), *rest])
-    return build(channels_last.OP, rows) if laid_last(weight) else rows  # type: ignore[no-any-return]
+    laid: Node = build(channels_last.OP, rows) if laid_last(weight) else rows
+    return laid
 
 
 def _read_channels_last(node: Node) -> bool:

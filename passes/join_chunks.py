@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch.fx import Graph, Node
 
@@ -37,7 +37,8 @@ def windows(node: Node, dim: int) -> list[Window] | None:
     if size is None:
         return None
     if node.target is aten.slice.Tensor and not node.kwargs:
-        x, along, start, stop, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
+        given: list[Any] = [*node.args, *(None, 0, None, None, 1)[len(node.args) :]]
+        x, along, start, _, step = given
         if along % value(node).dim() != dim or step != 1 or not isinstance(start, int | None):
             return [Window(node, 0, size)]
         total = static(value(x).shape[dim])
