@@ -302,7 +302,9 @@ def with_border(chain: Chain) -> Chain | None:
 
 
 def _is_convolution(node: Node) -> bool:
-    """A convolution of ATen's, or one of ours."""
+    """A convolution of ATen's, or one of ours, whose input may be laid out for it: that costs nothing behind our norms."""
+    if node.target is aten.contiguous.default:
+        return any(_is_convolution(user) for user in node.users)
     ours = isinstance(node.target, torch._ops.OpOverload) and node.target.name().startswith("pvae::conv")
     return ours or ConvNode.of(node) is not None
 

@@ -19,11 +19,13 @@ from pvae.passes.conv3d_unfold import CONV3D_UNFOLD
 from pvae.passes.conv_dtype import CONV_DTYPE
 from pvae.passes.conv_policy import CONV_POLICY
 from pvae.passes.conv_taps import CONV_TAPS
+from pvae.passes.depth_to_space import DEPTH_TO_SPACE
 from pvae.passes.drop_zero_taps import DROP_ZERO_TAPS
 from pvae.passes.fold_pad import FOLD_PAD
 from pvae.passes.fold_upsample import FOLD_UPSAMPLE
 from pvae.passes.fuse_modulation import FUSE_MODULATION, FUSE_RESIDUAL_GATE
 from pvae.passes.fuse_norm_act import FUSE_NORM_ACT
+from pvae.passes.join_chunks import JOIN_CHUNKS
 from pvae.passes.main_rank import INLINE_MAIN_RANK, MAIN_RANK
 from pvae.passes.output_layout import lay_out_outputs
 from pvae.passes.pointwise_before_resample import POINTWISE_BEFORE_RESAMPLE
@@ -37,6 +39,7 @@ from pvae.passes.wide_attention import WIDE_ATTENTION
 PASSES: tuple[Pass, ...] = (
     CANONICALIZE,  # first: every later rule matches one spelling
     PREFIX_ATTENTION,  # early: what made the mask, thousands of nodes perhaps, is gone for the others
+    JOIN_CHUNKS,  # before all that looks at what stands around a convolution
     DROP_ZERO_TAPS,  # before pads are folded or unfolded: it reads them, and what it drops need not be unfolded
     FOLD_PAD,  # before sharding, which then fetches a halo once; a convolution that pads itself has more forms
     POINTWISE_BEFORE_RESAMPLE,  # before sharding, between whose fetches it would have to look; fold_upsample may follow it
@@ -52,6 +55,7 @@ PASSES: tuple[Pass, ...] = (
     CONV_TAPS,  # first of the forms: it takes in what stands around a convolution
     CONV3D_UNFOLD,  # the form of each convolution
     CHANNELS_LAST,  # last: the layout of what is left as a convolution
+    DEPTH_TO_SPACE,  # after the layouts, which decide whether its copies are channels-last
     FUSE_NORM_ACT,  # after the layouts: its kernels are for channels-last activations
     SPLIT_CACHE,  # last: it reads convolutions and norms that are kernels of ours
 )

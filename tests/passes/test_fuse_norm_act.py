@@ -255,6 +255,20 @@ def test_a_second_pad_in_time_stays() -> None:
     torch.testing.assert_close(gm(X, K)[0], before(X, K), rtol=1e-4, atol=1e-4)
 
 
+def test_a_border_in_front_of_a_convolution_that_has_its_input_laid_out() -> None:
+    """The temporal unfold asks for a channels-last activation, which the norm writes anyway."""
+
+    def before(x: Tensor, k: Tensor) -> Tensor:
+        return F.conv3d(F.pad(norm(x), (1, 1, 1, 1, 2, 0), "replicate"), k)
+
+    passes = "canonicalize,conv3d_unfold{form=unfold2d},fuse_norm_act"
+    gm, reports = rewrite(before, X, K, passes=passes, options=ON | {"channels_last": "on"})
+    targets = [n.target for n in gm.graph.nodes]
+    assert aten.contiguous.default in targets and aten.pad.default not in targets
+    assert reports[-1].matches[0].note.endswith("silu + replicate border")
+    torch.testing.assert_close(gm(X, K)[0], before(X, K), rtol=1e-4, atol=1e-4)
+
+
 # Where a chain ends ---------------------------------------------------------------------------------------------------
 
 

@@ -133,9 +133,9 @@ def test_the_environment_wins_and_disable_is_the_union() -> None:
     found = parse_options(given, environment)
     assert (found.conv3d, found.disable, found.rewrite_limit) == ("unfold2d", ("fold_pad", "canonicalize"), 0)
     assert str(found.pipeline) == (
-        "prefix_attention,drop_zero_taps,pointwise_before_resample,main_rank,shard,inline_main_rank,fuse_modulation,"
-        "fuse_residual_gate,wide_attention,conv_dtype,fold_upsample,conv_policy,conv_taps,conv3d_unfold,channels_last,"
-        "fuse_norm_act,split_cache"
+        "prefix_attention,join_chunks,drop_zero_taps,pointwise_before_resample,main_rank,shard,inline_main_rank,"
+        "fuse_modulation,fuse_residual_gate,wide_attention,conv_dtype,fold_upsample,conv_policy,conv_taps,conv3d_unfold,"
+        "channels_last,depth_to_space,fuse_norm_act,split_cache"
     )
     assert parse_options({}, {"PVAE_REWRITE_LIMIT": ""}).rewrite_limit is None
 
