@@ -155,7 +155,9 @@ def hopper_clocks(work: Work, config: Config) -> float:
     shared = (bytes_a + bytes_b + reads_a + reads_b) / 128
     l2 = (bytes_a + bytes_b) / 34
     few = config.stages_that_fit(kh, size, work.strides[0]) == 2
-    slower = (1.1 if few else 1.0) * (1.1 if config.depth * size < 64 else 1.0)
+    # With a stride a step loads more for the same products, and waits longer for it.
+    waits = 1.1 if work.strides[0] == 1 else 1.35
+    slower = (waits if few else 1.0) * (waits if config.depth * size < 64 else 1.0)
     steps = kt * kw * -(-work.channels // config.depth)
     tile = steps * (max(math, shared, l2) * slower + 60) + 1500 + 600 * config.rows
     rows, across = -(-work.height // config.height), -(-work.width // config.width)
