@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pvae.kernels.channel_norm_config import MAX_CHANNELS, chunk_config, group_config, norm_config, whole_group
-from pvae.kernels.channel_norm_layout import Border, Layout, Operands, Sizes, check, find_layout, is_vector
+from pvae.kernels.channel_norm_layout import Border, Layout, Operands, Sizes, check, find_layout, innermost, is_vector
 from pvae.kernels.channel_norm_reference import Norm, empty_result, reference
 from pvae.kernels.norm_config import next_power_of_2
 from pvae.kernels.norm_launch import FLOATS, GRID_LIMIT, device_refusal
@@ -60,6 +60,8 @@ class Plan:
 def run(norm: Norm, operands: Operands, border: Border) -> Tensor:
     """y, channels-last, of x's dtype and of x's sizes with borders."""
     x = operands.x
+    if operands.scale is not None or operands.shift is not None:
+        operands = innermost(operands)
     signature = tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in operands])
     plan = _plan(norm, border, signature)
     if isinstance(plan, str):
@@ -87,7 +89,7 @@ def supports(norm: Norm, operands: Operands, border: Border) -> str | None:
     Takes fake and meta tensors too; their sizes must be plain integers. Raises ValueError where the shapes do not go
     together at all.
     """
-    plan = make_plan(norm, operands, border)
+    plan = make_plan(norm, innermost(operands), border)
     return plan if isinstance(plan, str) else None
 
 

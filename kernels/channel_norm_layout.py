@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from pvae.kernels.channels_last import FORMATS
+
 MODES = ("constant", "replicate", "reflect")
 Sizes = tuple[int, int, int, int]
 NO_PADDING = (0, 0, 0, 0, 0, 0)
@@ -133,6 +135,19 @@ def check(operands: Operands) -> None:
 
 def channels_innermost(tensor: Tensor) -> bool:
     return tensor.shape[1] == 1 or tensor.stride(1) == 1
+
+
+def innermost(operands: Operands) -> Operands:
+    """With channels innermost in scale and shift, copied where they are not: Inductor lays out what it computes as it likes."""
+    laid = {
+        name: operand.contiguous(memory_format=FORMATS[operand.dim()])
+        for name in ("scale", "shift")
+        if (operand := getattr(operands, name)) is not None
+        and operand.dim() in FORMATS
+        and not is_vector(operand, operands.x)
+        and not channels_innermost(operand)
+    }
+    return operands._replace(**laid) if laid else operands
 
 
 def find_layout(operands: Operands, border: Border, frames_apart: bool, samples_apart: bool) -> Layout | str:

@@ -17,7 +17,6 @@ from torch.fx import Graph, Node
 
 from pvae.kernels.channel_norm_act import OP as CHANNEL_NORM
 from pvae.kernels.channel_norm_config import MAX_CHANNELS
-from pvae.kernels.channels_last import FORMATS
 from pvae.kernels.group_norm_act import OP as GROUP_NORM
 from pvae.kernels.norm_launch import FLOATS
 from pvae.passes.channel_norm import Chain, chains, is_innermost, norm_of, with_border
@@ -102,7 +101,7 @@ def _op(build: Builder, chain: Chain) -> Node:
     for name in ("scale", "shift"):
         operand = getattr(chain, name)
         if isinstance(operand, Enlarged):
-            more[name] = _innermost(build, operand.low(build))
+            more[name] = operand.low(build)
         elif operand is not None:
             more[name] = _aligned(build, operand, rank)
     if any(chain.widths):
@@ -133,14 +132,6 @@ def _aligned(build: Builder, node: Node, rank: int) -> Node:
     for _ in range(missing):
         node = build(aten.unsqueeze.default, node, 0)
     return node
-
-
-def _innermost(build: Builder, node: Node) -> Node:
-    """A small scale or shift, channels-last."""
-    if is_innermost(value(node)):
-        return node
-    copy: Node = build(aten.contiguous.default, node, memory_format=FORMATS[value(node).dim()])
-    return copy
 
 
 def _refresh(graph: Graph, context: Context, report: Report) -> None:

@@ -67,7 +67,8 @@ def test_views_are_read_where_they_lie() -> None:
         got = OP(q, k, v, 0.05)
         extra = torch.cuda.max_memory_allocated() - before
         torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
-        assert extra < 32 * 2**20 + 2048 * 512 * 4 + got.nbytes + 2**20
+        scores, sums = 4096 * 4096 * 4, 4096 * 512 * 4
+        assert extra < scores + sums + got.nbytes + 2**20  # a copy of one of them is 4 MiB
 
 
 def test_in_a_cuda_graph() -> None:

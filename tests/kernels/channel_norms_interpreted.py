@@ -58,13 +58,13 @@ def check(norm: Norm, operands: Operands, border: Border) -> None:
 
 
 def activation(shape: tuple[int, ...], dtype: torch.dtype, seed: int, how: str = "dense", mean: float = 0.0) -> Tensor:
-    """Channels-last in one of the ways graphs have it: dense, a crop, or half of the channels of another."""
+    """Channels-last in one of the ways graphs have it: dense, a crop, or half of the channels of another. `first`: not so."""
     generator = torch.Generator().manual_seed(seed)
     whole = [2 * n if how == "half" and i == 1 else n + 2 * (how == "crop" and i > 1) for i, n in enumerate(shape)]
     x = (torch.randn(whole, generator=generator) + mean).to(dtype).to(memory_format=FORMATS[len(shape)])
     x = x[tuple(slice(n - m, n) for n, m in zip(whole, shape, strict=True))]
     assert x.shape == shape
-    return x
+    return x.contiguous() if how == "first" else x
 
 
 @st.composite
@@ -98,7 +98,7 @@ def cases(draw: st.DrawFn) -> tuple[Norm, Operands, Border]:
         fewer = [draw(st.sampled_from([f for f in (1, 2, 3, 5, 6) if size % f == 0])) for size in sizes[-2:]]
         small = (*shape[:-2], shape[-2] // fewer[0], shape[-1] // fewer[1])
         of = {"like": shape, "vector": vector, "small": small}.get(which)
-        return None if of is None else activation(of, dtype, seed + 7, draw(st.sampled_from(("dense", "crop", "half"))))
+        return None if of is None else activation(of, dtype, seed + 7, draw(st.sampled_from(("dense", "crop", "half", "first"))))
 
     def weights(offset: int) -> Tensor | None:
         generator = torch.Generator().manual_seed(seed + offset)
