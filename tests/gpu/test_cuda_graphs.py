@@ -36,13 +36,20 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize(("name", "part"), [("qwen-image-dit", "forward"), ("wan2.1", "decode"), ("kl", "encode")])
 @pytest.mark.parametrize("weights", ["live", "frozen"])
 def test_replays_compute_what_calls_do(name: str, part: str, weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two compilations of one graph may round differently, so both models are compiled alike; one is never recorded."""
     case = load(name, part=part, dtype=torch.bfloat16, device="cuda")
-    plain = pvae.compile(copy.deepcopy(case.model), weights=weights)
+    plain = pvae.compile(copy.deepcopy(case.model), cudagraphs=True, weights=weights)
     graphed = pvae.compile(case.model, cudagraphs=True, weights=weights)
     made = recordings(monkeypatch)
+
+    def called(inputs: Any = None) -> torch.Tensor:
+        with monkeypatch.context() as patch:
+            patch.setattr(cuda_graph.CudaGraphed, "__call__", lambda self, given: list(self.run(given)))
+            return case.run(plain, inputs)
+
     for turn in range(4):
         inputs = [x * (1 + turn) / 4 if x.is_floating_point() else x for x in case.inputs]
-        assert torch.equal(case.run(graphed, inputs), case.run(plain, inputs)), turn
+        assert torch.equal(case.run(graphed, inputs), called(inputs)), turn
     assert made and len(set(made)) == len(made)  # each graph was recorded once
     before = len(made)
     with torch.no_grad():
@@ -50,14 +57,14 @@ def test_replays_compute_what_calls_do(name: str, part: str, weights: str, monke
             for parameter in model.parameters():
                 parameter.mul_(1.125)
     for _ in range(2):
-        assert torch.equal(case.run(graphed), case.run(plain))  # writes are seen
+        assert torch.equal(case.run(graphed), called())  # writes are seen
     assert (len(made) > before) == (weights == "frozen")
     for model in (plain, graphed):
         for module in model.modules():
             for key, parameter in module.named_parameters(recurse=False):
                 setattr(module, key, torch.nn.Parameter(parameter * 0.5, requires_grad=False))
     for _ in range(3):
-        assert torch.equal(case.run(graphed), case.run(plain))  # and so are other weights
+        assert torch.equal(case.run(graphed), called())  # and so are other weights
 
 
 def test_results_are_the_callers_own() -> None:
