@@ -98,7 +98,11 @@ def cases(draw: st.DrawFn) -> tuple[Norm, Operands, Border]:
         fewer = [draw(st.sampled_from([f for f in (1, 2, 3, 5, 6) if size % f == 0])) for size in sizes[-2:]]
         small = (*shape[:-2], shape[-2] // fewer[0], shape[-1] // fewer[1])
         of = {"like": shape, "vector": vector, "small": small}.get(which)
-        return None if of is None else activation(of, dtype, seed + 7, draw(st.sampled_from(("dense", "crop", "half", "first"))))
+        return (
+            None
+            if of is None
+            else activation(of, dtype, seed + 7, draw(st.sampled_from(("dense", "crop", "half", "first"))))
+        )
 
     def weights(offset: int) -> Tensor | None:
         generator = torch.Generator().manual_seed(seed + offset)
