@@ -172,9 +172,8 @@ def _rows(build: Builder, weight: Node | None, sizes: list[int], order: list[int
     rest = list(value(plain).shape[1:])
     apart = build(aten.reshape.default, plain, [*sizes, *rest])
     moved = build(aten.permute.default, apart, [*order, *range(len(sizes), len(sizes) + len(rest))])
-    moved = build(
-        COMPACT, moved, list(range(len(sizes) + len(rest)))
-    )  # Inductor does not realize a bias that is a view
+    # Inductor does not realize a bias that is a view.
+    moved = build(COMPACT, moved, list(range(len(sizes) + len(rest))))
     rows: Node = build(aten.reshape.default, moved, [math.prod(sizes), *rest])
     laid: Node = build(channels_last.OP, rows) if laid_last(weight) else rows
     return laid
