@@ -23,7 +23,7 @@ TAPS_CASES = [
     *((n, "decode") for n in ("wan2.1", "qwen-image", "hunyuan-video", "cogvideox", "mochi", "kl", "dc", "tiny-kl")),
     *((n, "encode") for n in ("wan2.1", "qwen-image", "hunyuan-video", "cogvideox", "flux2")),
 ]
-WITHOUT_CONV3D = ("kl", "flux2", "dc", "tiny-kl")
+UNTOUCHED = ("kl", "flux2", "tiny-kl")  # by conv3d_unfold
 
 
 def compare(case: Case, exact: torch.Tensor, **options: str) -> tuple[Agreement, pvae.ModelReport]:
@@ -57,14 +57,19 @@ def test_half_and_single(name: str, part: str, dtype: torch.dtype) -> None:
     assert found.ok, str(found)
 
 
+def is_exact(found: Agreement, name: str) -> bool:
+    """AutoencoderDC computes its attention in float32 inside a float64 model: the last bit before it becomes one of float32."""
+    return found.ok or (name == "dc" and found.error < 1e-6)
+
+
 @every_case
 def test_double_with_everything_unfolded(name: str, part: str) -> None:
     """Each rewrite forced, where rounding cannot hide a mistake."""
     form = "auto" if name.startswith("ltx") else "unfold2d"  # LTX's norms round to float32 inside a float64 model
     case = load(name, part=part, dtype=torch.float64)
     found, report = compare(case, case.run(), engine="eager", conv3d=form, weights="frozen")
-    assert found.ok, str(found)
-    assert (report.matches("conv3d_unfold") > 0) == (name not in WITHOUT_CONV3D) or form == "auto"
+    assert is_exact(found, name), str(found)
+    assert (report.matches("conv3d_unfold") > 0) == (name not in UNTOUCHED) or form == "auto"
 
 
 @pytest.mark.parametrize(("name", "part"), TAPS_CASES)
@@ -72,7 +77,7 @@ def test_double_with_taps(name: str, part: str) -> None:
     """Every convolution by `conv_taps`, with what stands around it; two more as a linear."""
     case = load(name, part=part, dtype=torch.float64)
     found, report = compare(case, case.run(), engine="eager", conv3d="taps")
-    assert found.ok, str(found)
+    assert is_exact(found, name), str(found)
     assert report.matches("conv_taps") > 0
 
 
