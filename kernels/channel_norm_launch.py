@@ -20,7 +20,7 @@ from pvae.kernels.channel_norm_layout import Border, Layout, Operands, Sizes, ch
 from pvae.kernels.channel_norm_reference import Norm, empty_result, reference
 from pvae.kernels.norm_config import next_power_of_2
 from pvae.kernels.norm_launch import FLOATS, GRID_LIMIT, device_refusal
-from pvae.kernels.triton_launch import Launch
+from pvae.kernels.triton_launch import Launch, on_device
 
 COMBINED = 4096  # partial moments that combine_kernel reads at a time
 
@@ -56,6 +56,10 @@ class Plan:
     steps: tuple[Step, ...]
     scratch: dict[str, int]
 
+    def launch(self, given: dict[str, Tensor | None]) -> None:
+        for step in self.steps:
+            step.launch(given)
+
 
 def run(norm: Norm, operands: Operands, border: Border) -> Tensor:
     """y, channels-last, of x's dtype and of x's sizes with borders."""
@@ -72,14 +76,7 @@ def run(norm: Norm, operands: Operands, border: Border) -> Tensor:
     given: dict[str, Tensor | None] = operands._asdict() | {"y": y}
     for name, size in plan.scratch.items():
         given[name] = torch.empty(size, dtype=torch.float32, device=x.device)
-    index = x.device.index
-    if index is None or index == torch.accelerator.current_device_index():
-        for step in plan.steps:
-            step.launch(given)
-    else:
-        with torch.accelerator.device_index(index):
-            for step in plan.steps:
-                step.launch(given)
+    on_device(x.device, plan.launch, given)
     return y
 
 

@@ -23,9 +23,10 @@ from torch.nn import functional
 
 from pvae.kernels.channels_last import FORMATS
 from pvae.kernels.conv_taps_config import Config, candidate_configs, default_config
-from pvae.kernels.conv_taps_launch import FLOATS, Call, Memory, Operands, Plan, launch_on, make_plan
+from pvae.kernels.conv_taps_launch import FLOATS, Call, Memory, Operands, Plan, make_plan
 from pvae.kernels.norm_launch import device_refusal
 from pvae.kernels.norm_op import functional_op
+from pvae.kernels.triton_launch import on_device
 
 ACTIVATIONS = ("none", "silu", "relu")
 
@@ -209,7 +210,7 @@ def conv_taps(
         return y.clone(memory_format=FORMATS[x.dim()])
     y = torch.empty_strided(ready.shape, ready.strides, dtype=x.dtype, device=x.device)
     if ready.plan is not None:
-        launch_on(x.device, ready.plan, operands, y)
+        on_device(x.device, ready.plan.launch, operands, y)
     return y
 
 

@@ -391,15 +391,6 @@ def make_plan(call: Call, y_shape: Sequence[int]) -> Plan:
     return HopperPlan(problem, given)
 
 
-def launch_on(device: torch.device, plan: Plan, operands: Operands, y: Tensor) -> None:
-    """Launch on this device whichever is the current one."""
-    if device.type == "cpu" or device.index == torch.accelerator.current_device_index():
-        plan.launch(operands, y)
-    else:
-        with torch.accelerator.device_index(device.index):
-            plan.launch(operands, y)
-
-
 @functools.cache
 def _shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> Any:
     from triton.experimental.gluon import language as gl

@@ -19,7 +19,7 @@ from torch import Tensor
 from pvae.kernels.norm_config import MAX_CHANNELS, Config, Work, by_rule
 from pvae.kernels.norm_layout import TWINS, Layout, Memory, Operands, check, find_layout
 from pvae.kernels.norm_reference import reference
-from pvae.kernels.triton_launch import Launch
+from pvae.kernels.triton_launch import Launch, on_device
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INDEXES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -72,12 +72,7 @@ def run(
     h = None if h_dtype is None else x.new_empty(x.shape, dtype=h_dtype)
     y = None if y_dtype is None else x.new_empty(x.shape, dtype=y_dtype)
     if plan.grid[0]:
-        device = x.device.index
-        if device is None or device == torch.accelerator.current_device_index():
-            plan.launch((*operands, h, y), eps, scale_constant)
-        else:
-            with torch.accelerator.device_index(device):
-                plan.launch((*operands, h, y), eps, scale_constant)
+        on_device(x.device, plan.launch, (*operands, h, y), eps, scale_constant)
     return h, y
 
 

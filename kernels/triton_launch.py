@@ -8,8 +8,12 @@ from __future__ import annotations
 import functools
 import importlib
 import threading
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+
+Result = TypeVar("Result")
 
 LOADING = threading.Lock()
 
@@ -26,6 +30,14 @@ def _driver() -> Any:
     from triton.runtime import driver
 
     return driver.active
+
+
+def on_device(device: torch.device, launch: Callable[..., Result], *arguments: Any) -> Result:
+    """`launch(*arguments)`, with `device` as the current one: Triton launches there."""
+    if device.type == "cpu" or device.index is None or device.index == torch.accelerator.current_device_index():
+        return launch(*arguments)
+    with torch.accelerator.device_index(device.index):
+        return launch(*arguments)
 
 
 class Launch:
@@ -71,4 +83,4 @@ class Launch:
         )  # fmt: skip
 
 
-__all__ = ["Launch", "kernel_named"]
+__all__ = ["Launch", "kernel_named", "on_device"]

@@ -31,6 +31,7 @@ from pvae.kernels.channel_norm_launch import Step
 from pvae.kernels.norm_config import next_power_of_2
 from pvae.kernels.norm_launch import device_refusal
 from pvae.kernels.norm_op import functional_op
+from pvae.kernels.triton_launch import on_device
 
 HALVES = (torch.float16, torch.bfloat16)
 WIDEST_FLASH = 256  # channels of a head; flash attention takes no more
@@ -112,8 +113,7 @@ def wide_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         return reference(q, k, v, scale).contiguous()
     query, key, val = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v))
     block = block_of(query.shape[0], query.shape[1], key.shape[1])
-    with torch.accelerator.device_index(q.device.index if q.device.type != "cpu" else None):
-        return attend(query, key, val, scale, block).view(*q.shape[:-1], v.shape[-1])
+    return on_device(q.device, attend, query, key, val, scale, block).view(*q.shape[:-1], v.shape[-1])
 
 
 OP = wide_attention

@@ -18,8 +18,8 @@ from torch.fx import Node
 
 from pvae.kernels.channel_norm_layout import NO_PADDING
 from pvae.passes.enlarged import NOTHING, Enlarged, enlarged
-from pvae.passes.frame_norm import CATS, FrameNorm
-from pvae.passes.ir import CASTS, ConvNode, PadNode, aten, is_tensor, known, only_user, value
+from pvae.passes.frame_norm import FrameNorm
+from pvae.passes.ir import CASTS, CATS, ConvNode, PadNode, aten, is_tensor, known, only_user, value
 from pvae.passes.norm_node import NormNode, before_widening
 
 ACTIVATIONS = {aten.silu.default: "silu", aten.relu.default: "relu", aten.gelu.default: "gelu"}

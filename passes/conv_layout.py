@@ -29,20 +29,13 @@ from torch.fx import Graph, Node
 from pvae.kernels import conv_taps, wide_attention
 from pvae.kernels.channels_last import FORMATS, is_channels_last
 from pvae.passes.conv_forms import Forms
+from pvae.passes.enlarged import UPSAMPLES
 from pvae.passes.ir import VIEW_OPS, aten, output_node, value
 from pvae.passes.layout_cut import CHANNELS_LAST, CONTIGUOUS, IMPOSSIBLE, LayoutProblem
 
 LAYOUTS = (CONTIGUOUS, CHANNELS_LAST)
 REDUCES = 8  # times fewer results than inputs
 NORM_CHANNELS_LAST, UPSAMPLE_CHANNELS_LAST = 2.0, 2.4
-UPSAMPLES = frozenset(
-    {
-        aten.upsample_nearest2d.vec,
-        aten.upsample_nearest3d.vec,
-        aten._upsample_nearest_exact2d.vec,
-        aten._upsample_nearest_exact3d.vec,
-    }
-)
 PRODUCTS = frozenset({aten.linear.default, aten.matmul.default, aten.addmm.default, aten.mm.default, aten.bmm.default})
 
 

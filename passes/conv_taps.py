@@ -17,8 +17,8 @@ from pvae.kernels import channels_last
 from pvae.kernels import conv_taps as kernel
 from pvae.passes.conv_policy import chosen
 from pvae.passes.conv_site import site_of
-from pvae.passes.ir import Builder, ConvNode, repropagate, value
-from pvae.passes.rule import Context, Match, Pass, Refusal, Report, Rule
+from pvae.passes.ir import Builder, ConvNode, value
+from pvae.passes.rule import Context, Match, Pass, Refusal, Rule, refresh_strides
 
 
 class ConvTaps:
@@ -66,13 +66,6 @@ class ConvTaps:
         )
 
 
-def _refresh_strides(graph: Graph, context: Context, report: Report) -> None:
-    """What follows a rewritten convolution is channels_last as well: later passes read that in the meta."""
-    if report.changed:
-        graph.eliminate_dead_code()
-        repropagate(graph.nodes)
-
-
 def _rules(context: Context, settings: Mapping[str, str]) -> list[Rule]:
     return [ConvTaps(context, settings.get("form"))]
 
@@ -82,5 +75,5 @@ CONV_TAPS = Pass(
     summary="convolutions as shifted matrix products, with their pads, caches, residuals and activations",
     rules=_rules,
     options={"form": "auto|taps"},
-    after=_refresh_strides,
+    after=refresh_strides,
 )

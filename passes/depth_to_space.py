@@ -22,8 +22,8 @@ from pvae.kernels import channels_last
 from pvae.kernels.compact import OP as COMPACT
 from pvae.passes.channel_norm import is_innermost, norm_of
 from pvae.passes.channels_last import laid_last
-from pvae.passes.ir import Builder, ConvNode, aten, is_tensor, known, only_user, repropagate, value
-from pvae.passes.rule import Context, Match, Pass, Refusal, Report, Rule
+from pvae.passes.ir import Builder, ConvNode, aten, is_tensor, known, only_user, value
+from pvae.passes.rule import Context, Match, Pass, Refusal, Rule, refresh_strides
 
 RESHAPES = frozenset(
     {
@@ -233,12 +233,6 @@ class DepthToSpace:
         build.replace(build(aten.permute.default, copied, [0, rank - 1, *range(1, rank - 1)]))
 
 
-def _refresh_strides(graph: Graph, context: Context, report: Report) -> None:
-    if report.changed:
-        graph.eliminate_dead_code()
-        repropagate(graph.nodes)
-
-
 def _rules(context: Context, settings: Mapping[str, str]) -> list[Rule]:
     return [DepthToSpace()]
 
@@ -247,7 +241,7 @@ DEPTH_TO_SPACE = Pass(
     name="depth_to_space",
     summary="pixel shuffles write their activations channels-last",
     rules=_rules,
-    after=_refresh_strides,
+    after=refresh_strides,
 )
 
 __all__ = ["DEPTH_TO_SPACE"]

@@ -17,16 +17,18 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from pvae.passes.ir import Builder, PadNode, aten, known, value
+from pvae.passes.ir import CATS, Builder, PadNode, aten, known, value
 from pvae.runtime.fetch import fetch
 
 LARGEST = 40  # so many times: ATen finds entry i // 41 by i * fp32(1 / 41), which is one too few at i = 41
 
-UPSAMPLES = (  # by whole numbers, `nearest` and `nearest-exact` read the same entries
-    aten.upsample_nearest2d.vec,
-    aten.upsample_nearest3d.vec,
-    aten._upsample_nearest_exact2d.vec,
-    aten._upsample_nearest_exact3d.vec,
+UPSAMPLES = frozenset(  # by whole numbers, `nearest` and `nearest-exact` read the same entries
+    {
+        aten.upsample_nearest2d.vec,
+        aten.upsample_nearest3d.vec,
+        aten._upsample_nearest_exact2d.vec,
+        aten._upsample_nearest_exact3d.vec,
+    }
 )
 CASTS = (aten.to.dtype, aten._to_copy.default)
 
@@ -132,7 +134,7 @@ def _repeats(node: object) -> tuple[int, int] | None:
 
 def _passed_on(node: Node, shared: bool) -> Enlarged | str | None:
     """What an op makes of its enlarged operand, if it is one that may treat rows and columns alike."""
-    if node.target in JOINS:
+    if node.target in CATS:
         return _joined(node, shared)
     step = STEPS.get(node.target)
     found = enlarged(node.args[0], shared) if step is not None else None
@@ -273,7 +275,6 @@ def _fetched(node: Node, found: Enlarged) -> Enlarged | str:
 
 
 Step = Callable[[Node, Enlarged], Enlarged | str | None]
-JOINS = (aten.cat.default, aten.concat.default)
 STEPS: Mapping[Any, Step] = {
     **dict.fromkeys(CASTS, _cast_step),
     **dict.fromkeys((aten.reshape.default, aten.view.default), _reshaped),

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from pvae.passes.ir import aten, known, static, value
+from pvae.passes.ir import CATS, aten, known, static, value
 
-CATS = frozenset({aten.cat.default, aten.concat.default, aten.concatenate.default})
 _RESHAPES = frozenset(
     {
         aten.reshape.default,

@@ -90,6 +90,7 @@ def source_line(node: Node) -> str:
     return ""
 
 
+CATS = frozenset({aten.cat.default, aten.concat.default, aten.concatenate.default})
 # Ops that change the dtype (or device) of their first argument and nothing else.
 CASTS = frozenset(
     {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default, aten._to_copy.default}

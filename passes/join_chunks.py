@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 
 from torch.fx import Graph, Node
 
-from pvae.passes.frame_norm import CATS
-from pvae.passes.ir import Builder, ConvNode, aten, is_tensor, known, only_user, static, value
+from pvae.passes.ir import CATS, Builder, ConvNode, aten, is_tensor, known, only_user, static, value
 from pvae.passes.rule import Context, Match, Pass, Refusal, Rule
 
 INDEXABLE = 2**31  # elements

@@ -17,20 +17,11 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from pvae.passes.ir import Builder, ConvNode, aten, known, value
+from pvae.passes.enlarged import UPSAMPLES
+from pvae.passes.ir import CATS, Builder, ConvNode, aten, known, value
 from pvae.passes.rule import Context, Match, Pass, Refusal, Rule
 
-NEAREST = frozenset(
-    {
-        aten.upsample_nearest1d.vec,
-        aten.upsample_nearest2d.vec,
-        aten.upsample_nearest3d.vec,
-        aten._upsample_nearest_exact1d.vec,
-        aten._upsample_nearest_exact2d.vec,
-        aten._upsample_nearest_exact3d.vec,
-    }
-)
-JOINS = frozenset({aten.cat.default, aten.concat.default})
+NEAREST = UPSAMPLES | {aten.upsample_nearest1d.vec, aten._upsample_nearest_exact1d.vec}
 
 
 def _dim(node: Node, position: int, otherwise: int | None = 0) -> int | None:
@@ -52,7 +43,7 @@ def _operands(node: Node) -> list[Node]:
         found: Any = [node.args[0]]
     elif _is_repeat(node):
         found = [node.args[0]] if _dim(node, 2, None) not in (None, 1) else []
-    elif node.target in JOINS:
+    elif node.target in CATS:
         found = list(node.args[0]) if _dim(node, 1) != 1 else []
     else:
         found = []
@@ -133,7 +124,7 @@ def _again(build: Builder, node: Node, done: dict[Node, Node]) -> Node:
     if node not in done:
         assert callable(node.target)
         first: Any = node.args[0]
-        made = [_again(build, n, done) for n in first] if node.target in JOINS else _again(build, first, done)
+        made = [_again(build, n, done) for n in first] if node.target in CATS else _again(build, first, done)
         done[node] = build(node.target, made, *node.args[1:], **node.kwargs)
     return done[node]
 

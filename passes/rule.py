@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch.fx import Graph, Node
 
-from pvae.passes.ir import source_line
+from pvae.passes.ir import repropagate, source_line
 from pvae.runtime.mesh import Mesh
 from pvae.runtime.sharded_tensor import Piece
 
@@ -110,6 +110,13 @@ class Rule(Protocol):
 
     def rewrite(self, graph: Graph, match: Match) -> None:
         """Replace what `match` names; the nodes that become dead are removed by the pass."""
+
+
+def refresh_strides(graph: Graph, context: Context, report: Report) -> None:
+    """What a pass does at its end that changed layouts: later passes read in the meta what follows from them."""
+    if report.changed:
+        graph.eliminate_dead_code()
+        repropagate(graph.nodes)
 
 
 @dataclass(frozen=True)

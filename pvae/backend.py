@@ -261,8 +261,17 @@ def compile_capture(
     told = [stated(i) for i in inputs]
     mesh = None if ranks is None else ranks.mesh
     line = None if world is None else world.mesh
-    asked = capture.arguments
-    context = Context(options, capture.weights, free_strides, counter, mesh, held, {}, asked, line, returned_caches)
+    context = Context(
+        options,
+        capture.weights,
+        free_strides,
+        counter,
+        mesh,
+        held,
+        arguments=capture.arguments,
+        world=line,
+        returned_caches=returned_caches,
+    )
     report.passes = run_pipeline(gm, options.pipeline, context, check=options.verify == "on", observe=observe)
     report.nodes_after, report.pass_seconds = len(gm.graph.nodes), time.perf_counter() - start
     absent = [n.name for n in nodes if ABSENT in n.meta and n.users]
