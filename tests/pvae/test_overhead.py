@@ -1,15 +1,19 @@
-"""What pvae itself costs: seconds before the first call of a kind, microseconds in every later one."""
+"""What pvae itself costs before its first calls and in every later one, beside what torch.compile costs there.
+
+Each bound is a ratio of two figures of one process: seconds alone would test the machine.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import pvae
 from pvae.module import CompiledForward, compiled_forwards
@@ -21,15 +25,16 @@ def inference() -> Iterator[None]:
         yield
 
 
-def microseconds(call: Callable[[], Any], calls: int = 300) -> float:
-    """The median of the better of two rounds: this machine has other work."""
+def microseconds(*calls: Callable[[], Any], repeats: int = 100, rounds: int = 6) -> list[float]:
+    """The median of each call's best round; the calls take turns, since this machine has other work."""
 
-    def once() -> float:
+    def once(call: Callable[[], Any]) -> float:
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
 
-    return min(statistics.median(once() for _ in range(calls)) for _ in range(2)) * 1e6
+    found = [[statistics.median(once(call) for _ in range(repeats)) for call in calls] for _ in range(rounds)]
+    return [min(column) * 1e6 for column in zip(*found, strict=True)]
 
 
 def without_work(forward: CompiledForward) -> None:
@@ -37,6 +42,18 @@ def without_work(forward: CompiledForward) -> None:
     for program in forward.programs:
         outputs = 1 + sum(len(template) for _, template in program.effects)
         object.__setattr__(program, "compiled", lambda *args, n=outputs: (args[0],) * n)
+
+
+class Guards:
+    """A torch.compile backend that leaves only guards and bookkeeping once `skip` is set: torch's `without_work`."""
+
+    skip = False
+
+    def __call__(self, graph: fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        (outputs,) = graph.graph.output_node().args
+        assert isinstance(outputs, tuple)
+        n = len(outputs)
+        return lambda *args: (args[-1],) * n if self.skip else graph(*args)
 
 
 def test_one_tensor() -> None:
@@ -48,30 +65,48 @@ def test_one_tensor() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + 1
 
-    model, x = pvae.compile(Plus(), engine="eager"), torch.randn(2, 3)
+    x, guards = torch.randn(2, 3), Guards()
+    rival = torch.compile(Plus(), backend=guards)
+    rival(x)
+    guards.skip = True
+    model = pvae.compile(Plus(), engine="eager")
     model(x)
     without_work(model.forward)
-    assert microseconds(lambda: model.forward(x)) <= 30
+    ours, torchs = microseconds(lambda: model(x), lambda: rival(x))
+    assert ours <= 1.5 * torchs, f"{ours} us a call, torch.compile {torchs}"
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch.compile breaks this decoder's graph at `cache == 'Rep'`")
 def test_wan_decoder_with_its_caches() -> None:
-    """The whole published model: forty caches in a list, two hundred weights, caches that the call replaces."""
+    """The published decoder, narrow: forty caches in a list, two hundred weights, caches that the call replaces."""
     diffusers = pytest.importorskip("diffusers")
-    model = diffusers.AutoencoderKLWan().eval().requires_grad_(False)
-    pvae.compile(model.decoder, engine="eager")
-    (forward,) = compiled_forwards(model)
+    guards = Guards()
+    steps: list[Callable[[], Any]] = []
+    first_calls: list[float] = []
+    models = [diffusers.AutoencoderKLWan(base_dim=16).eval().requires_grad_(False) for _ in range(2)]
+    ours, torchs = (model.decoder for model in models)
+    pvae.compile(ours, engine="eager")
+    torchs.compile(backend=guards, fullgraph=True, dynamic=False)
     x = torch.randn(1, 16, 1, 2, 2)
-    caches: list[Any] = [None] * model._cached_conv_counts["decoder"]
-    for chunk in range(3):
-        model.decoder(x, feat_cache=caches, feat_idx=[0], first_chunk=chunk == 0)
-    graphs = pvae.report(model).graphs
-    assert len(graphs) == 3
-    for graph in graphs:
-        assert graph.capture_seconds + graph.pass_seconds <= 3.0, "seconds of pvae's own before a first call"
+    for decoder in (ours, torchs):
+        caches: list[Any] = [None] * models[0]._cached_conv_counts["decoder"]
+        start = time.process_time()
+        for chunk in range(3):
+            decoder(x, feat_cache=caches, feat_idx=[0], first_chunk=chunk == 0)
+        first_calls.append(time.process_time() - start)
+        assert sum(isinstance(c, torch.Tensor) for c in caches) >= 30
+        steps.append(partial(step, decoder, x, caches))
+    assert len(pvae.report(models[0]).graphs) == 3
+    assert first_calls[0] <= 1.25 * first_calls[1], f"first calls: {first_calls} s of the CPU, pvae and torch.compile"
+
+    (forward,) = compiled_forwards(models[0])
     without_work(forward)
-    used = sum(isinstance(c, torch.Tensor) for c in caches)
-    assert used >= 30
+    guards.skip = True
     kinds = len(forward.programs)
-    spent = microseconds(lambda: forward(x, feat_cache=list(caches), feat_idx=[0], first_chunk=False))
+    later_calls = microseconds(*steps)
     assert len(forward.programs) == kinds
-    assert spent <= 200, f"{spent:.0f} us a call with {used} caches"
+    assert later_calls[0] <= 1.5 * later_calls[1], f"later calls: {later_calls} us, pvae and torch.compile"
+
+
+def step(decoder: nn.Module, x: torch.Tensor, caches: list[Any]) -> None:
+    decoder(x, feat_cache=list(caches), feat_idx=[0], first_chunk=False)
