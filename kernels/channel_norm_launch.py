@@ -36,12 +36,12 @@ class Step:
     tensors: tuple[str, ...]
     integers: tuple[int | None, ...]
     floats: tuple[float, ...]
-    constants: dict[str, Any]  # the kernel's compile-time arguments in their order, then num_warps
+    constants: dict[str, Any]  # the kernel's compile-time arguments in their order
+    warps: int
 
     @functools.cached_property
     def _run(self) -> Launch:
-        constants = {name: value for name, value in self.constants.items() if name != "num_warps"}
-        return Launch(self.kernel, self.grid, constants, {"num_warps": self.constants["num_warps"]})
+        return Launch(self.kernel, self.grid, self.constants, {"num_warps": self.warps})
 
     def launch(self, given: dict[str, Tensor | None]) -> None:
         arguments = [given[name] for name in self.tensors]
@@ -190,7 +190,6 @@ def _normalise(norm: Norm, operands: Operands, layout: Layout, lanes: int) -> St
         "BLOCK": config.block,
         "ROWS": config.rows,
         "TILES": config.tiles,
-        "num_warps": config.warps,
     }
     steps = [step // align for name in ("x", "scale", "shift") for step in strides[name]]
     return Step(
@@ -200,6 +199,7 @@ def _normalise(norm: Norm, operands: Operands, layout: Layout, lanes: int) -> St
         (frames, height, width, out_frames, out_width, positions, *steps),
         (norm.eps, norm.factor),
         constants,
+        config.warps,
     )
 
 
@@ -229,7 +229,6 @@ def _moments(norm: Norm, layout: Layout, channels: int, lanes: int) -> tuple[lis
         "ALIGN": align,
         "BLOCK": config.block,
         "ROWS": config.rows,
-        "num_warps": config.warps,
     }
     first = Step(
         "group_moments_kernel.moments_kernel",
@@ -238,6 +237,7 @@ def _moments(norm: Norm, layout: Layout, channels: int, lanes: int) -> tuple[lis
         (frames, height, width, positions, chunk, *strides),
         (norm.eps,),
         constants,
+        config.warps,
     )
     if whole:
         return [first], scratch
@@ -248,7 +248,6 @@ def _moments(norm: Norm, layout: Layout, channels: int, lanes: int) -> tuple[lis
         "GROUPS": groups,
         "BLOCK": block,
         "CHUNKS": min(next_power_of_2(chunks), max(1, COMBINED // block)),
-        "num_warps": 256 // lanes,
     }
     second = Step(
         "group_moments_kernel.combine_kernel",
@@ -257,5 +256,6 @@ def _moments(norm: Norm, layout: Layout, channels: int, lanes: int) -> tuple[lis
         (positions, chunk, chunks),
         (norm.eps,),
         combine,
+        256 // lanes,
     )
     return [first, second], scratch

@@ -173,7 +173,6 @@ def weigh_step(rows: int, width: int, keys: int, channels: int, scale: float, fi
         "FIRST": first,
         "BLOCK": block,
         "CHANNELS": next_power_of_2(channels),
-        "num_warps": min(16, max(1, block // (16 * lanes))),  # 16 values a thread
     }
     return Step(
         "wide_attention_kernel.weigh_kernel",
@@ -182,6 +181,7 @@ def weigh_step(rows: int, width: int, keys: int, channels: int, scale: float, fi
         (width, _round_up(keys, 16), keys, channels),
         (scale * math.log2(math.e),),
         constants,
+        warps=min(16, max(1, block // (16 * lanes))),  # 16 values a thread
     )
 
 

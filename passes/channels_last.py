@@ -24,6 +24,7 @@ from pvae.passes.layout_cut import CHANNELS_LAST as LAST
 from pvae.passes.rule import Context, Match, Pass, Refusal, Rule
 from pvae.runtime.fetch import fetch
 
+OURS = {UNFOLD: 1, TAPS: 2}  # where our convolutions have their weight
 FETCH_ARGUMENTS = 8  # of `fetch` with its memory format given
 
 
@@ -87,12 +88,24 @@ def laid_last(x: Node) -> bool:
     return val.dim() in kernel.FORMATS and kernel.is_channels_last(val) and not val.is_contiguous()
 
 
+def works_channels_last(graph: Graph) -> bool:
+    """Whether a convolution of this graph, torch's or one of ours, has a channels_last weight."""
+    return any(laid_last(weight) for weight in map(conv_weight, graph.nodes) if weight is not None)
+
+
+def conv_weight(node: Node) -> Node | None:
+    """The weight of a convolution, torch's or one of ours; None of any other node."""
+    conv = ConvNode.of(node)
+    if conv is not None:
+        return conv.weight
+    weight: Any = node.args[OURS[node.target]] if node.target in OURS else None
+    return weight
+
+
 def reads_last(user: Node) -> bool:
     """Whether `user` is a convolution, or has its operand copied to channels_last for one."""
-    if user.target in (UNFOLD, TAPS):
-        return True
     copied = user.target is aten.contiguous.default and user.kwargs.get("memory_format") in kernel.FORMATS.values()
-    return copied or ConvNode.of(user) is not None
+    return copied or conv_weight(user) is not None
 
 
 class FetchChannelsLast:

@@ -21,7 +21,7 @@ from torch.fx import Graph, Node
 from pvae.kernels import channels_last
 from pvae.kernels.compact import OP as COMPACT
 from pvae.passes.channel_norm import is_innermost, norm_of
-from pvae.passes.channels_last import laid_last
+from pvae.passes.channels_last import conv_weight, laid_last, works_channels_last
 from pvae.passes.ir import Builder, ConvNode, aten, is_tensor, known, only_user, value
 from pvae.passes.rule import Context, Match, Pass, Refusal, Rule, refresh_strides
 
@@ -187,8 +187,8 @@ def _read_channels_last(node: Node) -> bool:
             if user in seen or not is_tensor(user):
                 continue
             seen.add(user)
-            conv = ConvNode.of(user)
-            if norm_of(user) is not None or (conv is not None and laid_last(conv.weight)):
+            weight = conv_weight(user)
+            if norm_of(user) is not None or (weight is not None and laid_last(weight)):
                 return True
             if user.target in THROUGH:
                 todo.append(user)
@@ -215,8 +215,7 @@ class DepthToSpace:
 
     def _works_channels_last(self, graph: Graph) -> bool:
         if graph not in self.graphs:
-            convs = [ConvNode.of(node) for node in graph.nodes]
-            self.graphs[graph] = any(conv is not None and laid_last(conv.weight) for conv in convs)
+            self.graphs[graph] = works_channels_last(graph)
         return self.graphs[graph]
 
     def rewrite(self, graph: Graph, match: Match) -> None:

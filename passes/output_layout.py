@@ -7,15 +7,11 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from pvae.kernels.channels_last import FORMATS, is_channels_last
 from pvae.kernels.compact import OP as COMPACT
-from pvae.kernels.conv3d_unfold import OP as UNFOLD
-from pvae.kernels.conv_taps import OP as TAPS
-from pvae.passes.ir import VIEW_OPS, Builder, ConvNode, aten, known, output_node, value
+from pvae.passes.channels_last import works_channels_last
+from pvae.passes.ir import VIEW_OPS, Builder, aten, known, output_node, value
 from pvae.passes.rule import Context
 from pvae.passes.verify import Signature
-
-OURS = {UNFOLD: 1, TAPS: 2}  # where our convolutions have their weight
 
 
 def lay_out_outputs(gm: GraphModule, signature: Signature, context: Context) -> int:
@@ -30,7 +26,7 @@ def lay_out_outputs(gm: GraphModule, signature: Signature, context: Context) -> 
     """
     out = output_node(gm.graph)
     leaves, spec = torch.utils._pytree.tree_flatten(out.args)
-    inner = _works_channels_last(gm)
+    inner = works_channels_last(gm.graph)
     changed = 0
     for index, (node, promised) in enumerate(zip(leaves, signature.outputs, strict=True)):
         if not isinstance(node, Node) or not isinstance(promised, torch.Tensor) or node.op == "placeholder":
@@ -57,18 +53,6 @@ def lay_out_outputs(gm: GraphModule, signature: Signature, context: Context) -> 
         out.args = torch.utils._pytree.tree_unflatten(leaves, spec)
         gm.graph.eliminate_dead_code()
     return changed
-
-
-def _works_channels_last(gm: GraphModule) -> bool:
-    """Whether convolutions of this graph read channels_last weights (their own strides or re-laid)."""
-    for node in gm.graph.nodes:
-        conv = ConvNode.of(node)
-        weight = conv.weight if conv is not None else node.args[OURS[node.target]] if node.target in OURS else None
-        if weight is not None and value(weight).dim() in FORMATS:
-            val = value(weight)
-            if is_channels_last(val) and not val.is_contiguous():
-                return True
-    return False
 
 
 def _innermost(tensor: torch.Tensor) -> bool:

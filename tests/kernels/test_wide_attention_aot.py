@@ -27,7 +27,6 @@ def assembly(keys: int, width: int, first: bool, target: GPUTarget, channels: in
     step = weigh_step(2048, width, keys, channels, 0.05, first, target.warp_size)
     kernel = kernel_named(step.kernel)
     constants = dict(step.constants)
-    warps = constants.pop("num_warps")
     names = kernel.arg_names
     assert [*names[len(names) - len(constants) :]] == [*constants]  # a launch passes them by position
     signature = dict.fromkeys(step.tensors, "*fp32") | {"weights": "*bf16"}
@@ -41,7 +40,7 @@ def assembly(keys: int, width: int, first: bool, target: GPUTarget, channels: in
         constexprs=constants,
         attrs={(i,): [["tt.divisibility", 16]] for i in divisible},
     )
-    compiled = triton.compile(source, target=target, options={"num_warps": warps})
+    compiled = triton.compile(source, target=target, options={"num_warps": step.warps})
     return compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import pvae
 from pvae.kernels.compact import OP as compact
+from pvae.kernels.conv_taps import OP as taps
 from pvae.passes.ir import aten, value
 from pvae.testing import agreement, assert_equivalent, assert_rewrites_to, refusals, rewrite
 
@@ -113,6 +114,16 @@ def test_refused_where_nothing_reads_channels_last(function: Callable[..., Tenso
     weight = K.contiguous()
     _, (_, report) = rewrite(function, X, W12, weight, passes=PASSES)
     assert not report.matches and refusals([report]) == ["no norm or convolution reads it channels-last"]
+
+
+def test_between_our_own_convolutions() -> None:
+    def function(x: Tensor, w: Tensor, k: Tensor) -> Tensor:
+        return F.conv3d(shuffled(F.conv3d(x, w), 2, 2, 2), k).sum()
+
+    gm, reports = rewrite(function, X, W12, K, passes=f"canonicalize,conv_taps,{PASS}", options={"conv3d": "taps"})
+    assert [len(report.matches) for report in reports[1:]] == [2, 1]
+    _, last = [n for n in gm.graph.nodes if n.target is taps]
+    assert value(last.args[0]).is_contiguous(memory_format=LAST)
 
 
 @settings(max_examples=25)
