@@ -184,6 +184,6 @@ def _try_view(node: Node, source: Node, x: torch.Tensor) -> torch.Tensor | None:
     assert callable(target)
     try:
         y = target(*args, **kwargs)
-    except RuntimeError:
-        return None  # "view size is not compatible with input tensor's size and stride"
+    except (RuntimeError, ValueError):
+        return None  # "view size is not compatible with input tensor's size and stride"; where a fake mode is on, ValueError
     return y if isinstance(y, torch.Tensor) else None

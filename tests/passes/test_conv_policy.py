@@ -268,6 +268,21 @@ def test_what_stands_between_convolutions_costs_in_each_layout(own_norms: bool) 
 # --- sharded -----------------------------------------------------------------------------------------------------------
 
 
+def test_views_are_tried_where_a_fake_mode_is_on_as_well() -> None:
+    """As `pvae explain` does: there torch raises ValueError for a view that needs a copy, else RuntimeError."""
+
+    def unshuffled(x: Tensor, w: Tensor) -> Tensor:
+        apart = conv(x, w).view(1, 96, 4, 120, 2, 208, 2).permute(0, 1, 4, 6, 2, 3, 5)
+        return apart.reshape(1, 384, 4, 120, 208).sum()
+
+    graph = capture(unshuffled, *on_gpu((1, 96, 4, 240, 416), (96, 96, 3, 3, 3))).gm.graph
+    context = Context(parse_options(NO_STORE, {}))
+    with new_fake_mode():
+        ((_, under_the_mode),) = decide(graph, context).values()
+    ((_, without),) = decide(graph, context).values()
+    assert under_the_mode == without and without.form == "taps"
+
+
 def test_ranks_keep_the_layouts_that_they_exchange_rows_in(tmp_path: Path) -> None:
     """Whatever one rank's store says, its fetches and layouts are those of a rank that has none."""
     args = on_gpu((1, 32, 2, 16, 16), W32)
