@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule
 
-import pvae
 from pvae.passes.enlarged import LARGEST
 from pvae.passes.rule import Report
 from pvae.runtime.torch_compat import new_fake_mode
-from pvae.testing import agreement, assert_rewrites_to, refusals, relative_error, rewrite, video_models
+from pvae.testing import assert_rewrites_to, refusals, relative_error, rewrite
+from tests.passes.norm_spellings import (
+    C,
+    by_mean,
+    frames,
+    joined,
+    moved,
+    norm,
+    rms_over_last,
+    twice,
+    wan,
+    wan_in_float32,
+)
 
 Function = Callable[..., Any]
 PASSES = "canonicalize,fuse_norm_act"
@@ -28,7 +36,6 @@ aten = torch.ops.aten
 channel = torch.ops.pvae.channel_norm_act.default
 group = torch.ops.pvae.group_norm_act.default
 
-C = 8
 X, XH = torch.randn(2, C, 3, 4, 5), torch.randn(2, C, 3, 4, 5, dtype=torch.bfloat16)
 PICTURE = torch.randn(2, C, 4, 5)
 W, B, W3 = torch.randn(C), torch.randn(C), torch.randn(C, 1, 1, 1)
@@ -48,35 +55,6 @@ def _summed(expected: Function, count: int) -> Function:
     scope = {"expected": expected, "total": aten.sum.default}
     result: Function = eval(f"lambda {', '.join(letters)}: (total(expected({', '.join(letters)})),)", scope)
     return result
-
-
-def wan(x: Tensor, w: Tensor) -> Tensor:
-    return F.normalize(x, dim=1) * C**0.5 * w + 0.0
-
-
-def wan_in_float32(x: Tensor, w: Tensor) -> Tensor:
-    return F.normalize(x.float(), dim=1).to(x.dtype) * C**0.5 * w + 0.0
-
-
-def by_mean(x: Tensor) -> Tensor:
-    return x / torch.sqrt((x**2).mean(1, keepdim=True) + 1e-8)
-
-
-def rms_over_last(x: Tensor) -> Tensor:
-    """diffusers' RMSNorm."""
-    variance = x.to(torch.float32).pow(2).mean(-1, keepdim=True)
-    return x * torch.rsqrt(variance + 1e-6)
-
-
-def moved(norm: Function, x: Tensor, *args: Any) -> Tensor:
-    return norm(x.movedim(1, -1), *args).movedim(-1, 1)
-
-
-def frames(x: Tensor, w: Tensor, b: Tensor, size: int = 99) -> Tensor:
-    """Group norm of each frame, `size` at a time, as Mochi's."""
-    folded = x.permute(0, 2, 1, 3, 4).flatten(0, 1)
-    y = torch.cat([F.group_norm(part, 4, w, b) for part in folded.split(size)])
-    return y.unflatten(0, (x.shape[0], -1)).permute(0, 2, 1, 3, 4)
 
 
 CHANNEL: dict[str, tuple[Function, Function, tuple[Tensor, ...]]] = {
@@ -176,22 +154,6 @@ def test_spellings(spelling: str) -> None:
 
 
 # Borders --------------------------------------------------------------------------------------------------------------
-
-
-def norm(x: Tensor) -> Tensor:
-    return F.silu(F.group_norm(x, 4))
-
-
-def joined(y: Tensor, front: int, back: int) -> Tensor:
-    """LTX: the first and the last frame repeated."""
-    parts = [y[:, :, :1].repeat(1, 1, front, 1, 1), y, y[:, :, -1:].repeat(1, 1, back, 1, 1)]
-    return torch.cat(parts[:2] if not back else parts, 2)
-
-
-def twice(y: Tensor) -> Tensor:
-    """CogVideoX: the first frame, listed twice."""
-    first = y[:, :, :1]
-    return torch.cat([first, first, y], 2)
 
 
 BORDERS: dict[str, tuple[Function, list[int], str]] = {
@@ -445,79 +407,6 @@ def test_whole_numbers_are_those_that_aten_reads_exactly() -> None:
             assert exact is (factor <= LARGEST)
 
 
-# Numbers --------------------------------------------------------------------------------------------------------------
-
-
-@given(video_models())
-@settings(max_examples=25, deadline=None)
-def test_random_models_in_double_precision(drawn: tuple[nn.Module, Tensor]) -> None:
-    model, x = drawn[0].double(), drawn[1].double()
-    compiled = pvae.compile(copy.deepcopy(model), engine="eager", norm_act="on", strict="on")
-    with torch.no_grad():
-        assert relative_error(compiled(x), model(x)) < 1e-12
-
-
-class Block(nn.Module):
-    """What autoencoders are made of, in one of their ways."""
-
-    def __init__(self, kind: str, act: nn.Module, frames_apart: bool, pad: str) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(C, 1, 1, 1)), nn.Parameter(torch.randn(C))
-        self.conv = nn.Conv3d(C, C, (2, 3, 3))
-        self.kind, self.act, self.frames_apart, self.pad = kind, act, frames_apart, pad
-
-    def forward(self, x: Tensor) -> Tensor:
-        w, b = self.weight, self.bias
-        if self.kind == "normalize":
-            y = F.normalize(x, dim=1) * C**0.5 * w
-        elif self.kind == "group":
-            y = frames(x, w.flatten(), b, 2) if self.frames_apart else F.group_norm(x, 2, w.flatten(), b)
-        else:
-            y = moved(lambda v: rms_over_last(v).to(v.dtype) * w.flatten() + b, x)
-        y = self.act(y)
-        if self.pad == "frames":
-            return self.conv(F.pad(joined(y, 1, 0), (1, 1, 1, 1)))
-        return x + self.conv(F.pad(y, (1, 1, 1, 1, 1, 0), self.pad))
-
-
-@given(
-    kind=st.sampled_from(("normalize", "group", "rms")),
-    act=st.sampled_from((nn.SiLU(), nn.ReLU(), nn.GELU(), nn.Identity())),
-    frames_apart=st.booleans(),
-    pad=st.sampled_from(("replicate", "reflect", "constant", "frames")),
-    size=st.tuples(st.integers(1, 2), st.integers(2, 4), st.integers(2, 5), st.integers(2, 5)),
-    dtype=st.sampled_from((torch.float32, torch.bfloat16)),
-    layout=st.sampled_from((torch.contiguous_format, torch.channels_last_3d)),
-)
-@settings(max_examples=25, deadline=None)
-def test_error_contract(
-    kind: str, act: nn.Module, frames_apart: bool, pad: str, size: Any, dtype: Any, layout: Any
-) -> None:
-    torch.manual_seed(0)
-    model = Block(kind, act, frames_apart, pad).to(dtype)
-    n, *spatial = size
-    x = torch.randn(n, C, *spatial).to(dtype).to(memory_format=layout)
-    compiled = pvae.compile(copy.deepcopy(model), engine="eager", norm_act="on", strict="on", disable="conv_taps")
-    with torch.no_grad():
-        found = agreement(compiled(x), model(x), copy.deepcopy(model).double()(x.double()))
-    assert pvae.report(compiled).matches("fuse_norm_act") == 1
-    assert found.ok, str(found)
-
-
-@pytest.mark.parametrize("kind", ["normalize", "group", "rms"])
-def test_sizes_that_change(kind: str) -> None:
-    model = Block(kind, nn.SiLU(), False, "replicate")
-    compiled = torch.compile(model, backend="pvae", dynamic=True, options={"engine": "eager", "norm_act": "on"})
-    with torch.no_grad():
-        for size in ((2, C, 3, 4, 5), (3, C, 4, 6, 7), (2, C, 5, 8, 6)):
-            x = torch.randn(size)
-            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
-    graphs = pvae.report(model).graphs
-    assert len(graphs) == 1
-    (report,) = [p for p in graphs[0].passes if p.name == "fuse_norm_act"]
-    assert len(report.matches) == 1 and report.matches[0].note.endswith("silu + replicate border")
-
-
 def test_auto_with_symbolic_sizes() -> None:
     """Strides of a channels-last activation are products of symbols, and still known to be such."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -529,19 +418,6 @@ def test_auto_with_symbolic_sizes() -> None:
         x = torch.randn(2, C, 3, 4, 5)
         laid = mode.from_tensor(x.to(memory_format=torch.channels_last_3d))
         assert is_innermost(torch.relu(laid)) and not is_innermost(mode.from_tensor(x))
-
-
-@pytest.mark.parametrize("engine", ["eager", "inductor"])
-def test_two_instances_share_one_compile(engine: str) -> None:
-    blocks = [Block("group", nn.SiLU(), False, "replicate") for _ in range(2)]
-    x = torch.randn(1, C, 2, 4, 4)
-    with torch.no_grad():
-        want = [block(x) for block in blocks]
-        for block in blocks:
-            pvae.compile(block, engine=engine, norm_act="on")
-        for block, result in zip(blocks, want, strict=True):
-            torch.testing.assert_close(block(x), result, rtol=1e-4, atol=1e-5)
-        assert [g.shared_with for g in pvae.report(None).graphs] == [None, 0]
 
 
 def test_the_layout_that_the_op_states_is_in_the_graph() -> None:
