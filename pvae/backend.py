@@ -28,6 +28,7 @@ from pvae.passes.rule import Context, RewriteCounter
 from pvae.passes.sequence import NO_TOKENS
 from pvae.passes.shard import NO_PICTURE, collectives
 from pvae.passes.shard_choice import Choice
+from pvae.passes.tuning_store import store_path
 from pvae.ranks import Ranks, ShardedGraph, all_ranks, ranks_of, stated, world_size
 from pvae.report import GraphReport, Registry
 from pvae.runtime.cuda_graph import CudaGraphed, release_all
@@ -282,15 +283,21 @@ def compile_capture(
         )
     if options.cudagraphs == "on":
         _check_cuda_graph(capture, inputs, report.name)
+    store = store_path(options.tuning_store) if options.tuning_store else None
+    if store is not None and not store.exists():
+        text = f"tuning_store={options.tuning_store}: there is no such file, and nothing is read; `pvae tune` writes it"
+        complain(options, report.name, text)
     nothing = {NO_PICTURE: "pictures", NO_TOKENS: "tokens"}
     for note in {r.note for p in report.passes for r in p.refusals if ranks is not None and r.note in nothing}:
         text = f"shard={options.shard!r} splits {nothing[note]}, and {note}: every rank computes it all"
         complain(options, report.name, text)
     for pass_name, expected in options.expect.items():
         if report.matches(pass_name) < expected:
+            gone = all(step.pass_.name != pass_name for step in options.pipeline.steps)
+            why = "it is not in the pipeline (passes, disable)" if gone else "see pvae explain for what it refused"
             raise PvaeError(
                 f"{report.name}: pass {pass_name!r} was expected to match {expected} times and matched "
-                f"{report.matches(pass_name)} times; see pvae explain for what it refused"
+                f"{report.matches(pass_name)} times; {why}"
             )
     if held:
         inputs = [n.meta["val"] if n.name in held else i for n, i in zip(nodes, inputs, strict=True)]

@@ -69,12 +69,14 @@ class ModuleState:
         self._aliases: list[tuple[dict[str, Any], str, int]] = []
         seen: dict[int, int] = {}
         skip = {(id(table), name) for table, name in written}
-        self._hooks: list[Any] = []
+        self._empty: list[Any] = []
         for path, sub in module.named_modules():
             if path:
-                self._hooks += [sub._forward_hooks, sub._forward_pre_hooks]
+                self._empty += [sub._forward_hooks, sub._forward_pre_hooks]
             if sub._modules:
                 self._children.append((sub._modules, tuple(sub._modules.values())))
+            else:
+                self._empty.append(sub._modules)
             plain = [
                 name
                 for name, value in sub.__dict__.items()
@@ -101,8 +103,8 @@ class ModuleState:
         return [table[name] for table, name in self._slots]
 
     def changed(self) -> bool:
-        """Whether submodules were added, removed, replaced or got a hook, or tied weights were untied."""
-        if any(self._hooks):
+        """Whether submodules were added (a parametrization too), removed, replaced or got a hook, or tied weights untied."""
+        if any(self._empty):
             return True
         for table, children in self._children:
             if tuple(table.values()) != children:

@@ -215,10 +215,9 @@ def _checked(name: str, value: Any) -> Any:
     if name in CHOICES:
         if isinstance(value, bool) or (value in ("0", "1") and "on" in CHOICES[name]):
             value = "on" if value in (True, "1") else "off"
-        if value is None:
-            value = "none"
+        given, value = value, "none" if value is None else value
         if value not in CHOICES[name]:
-            raise OptionError(f"{name}={value!r} is not possible; valid values of {name}: {', '.join(CHOICES[name])}")
+            raise OptionError(f"{name}={given!r} is not possible; valid values of {name}: {', '.join(CHOICES[name])}")
     elif name == "mesh":
         value = _mesh(value)
     elif name == "shard_inputs":

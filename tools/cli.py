@@ -41,6 +41,7 @@ app = typer.Typer(
     help="Compiler passes for diffusion VAEs and DiTs: see what they do to a model, check it, and find what is wrong.",
     epilog="Exit code: 0 good, 1 the check failed, 2 usage. Every command takes --json; docs/cli.md has its fields.",
 )
+USAGE_ERROR: Any = typer.BadParameter.__base__  # of a missing argument, an unknown option; typer does not export it
 Graph = Annotated[int | None, typer.Option(help="Only this graph.")]
 Strides = Annotated[bool, typer.Option("--strides", help="Show device and strides of every value.")]
 
@@ -408,14 +409,17 @@ def demo(
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `pvae`. What a person got wrong is one line on stderr; with --json also `{"error": ...}`."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    as_json = "--json" in arguments
     try:
-        app(arguments)
+        sys.exit(app(arguments, standalone_mode=not as_json))
+    except USAGE_ERROR as error:  # with --json; else typer has printed it
+        code, text = 2, error.format_message()
     except (RequestError, Unsupported, pvae.OptionError, pvae.PipelineError, TuningStoreError) as error:
         code, text = 2, str(error)
     except pvae.PvaeError as error:
         code, text = 1, str(error)
     show.console(stderr=True).print(f"pvae: {text}", style="red", markup=False, soft_wrap=True)
-    if "--json" in arguments:
+    if as_json:
         emit({"error": text})
     sys.exit(code)
 

@@ -59,7 +59,9 @@ def sites(request: Request) -> list[Site]:
 
     Raises RequestError if the policy is not in the pipeline.
     """
-    options = replace(request.options, engine="eager", strict="on", conv3d="auto", channels_last="auto")
+    options = replace(
+        request.options, engine="eager", strict="on", conv3d="auto", channels_last="auto", tuning_store=OFF
+    )
     if all(step.pass_ is not CONV_POLICY for step in options.pipeline.steps):
         raise RequestError(f"the pipeline has no pass {CONV_POLICY.name}, which reads what tune measures")
     counts: Counter[ConvProblem] = Counter()

@@ -158,6 +158,15 @@ def test_a_damaged_store_is_an_error_that_names_it(tmp_path: Path) -> None:
         pvae.compile(model, engine="eager", tuning_store=path)(torch.randn(1, 2, 3, 4, 4))
 
 
+def test_a_store_that_is_not_there_is_said(tmp_path: Path) -> None:
+    x, path = torch.randn(1, 2, 3, 4, 4), tmp_path / "typo.json"
+    with torch.no_grad():
+        with pytest.warns(pvae.PvaeWarning, match=f"tuning_store={path}: there is no such file.*pvae tune"):
+            pvae.compile(nn.Conv3d(2, 2, 3), engine="eager", tuning_store=path)(x)
+        with pytest.raises(pvae.PvaeError, match="there is no such file"):
+            pvae.compile(nn.Conv3d(2, 2, 3), engine="eager", tuning_store=path, strict="on")(x)
+
+
 # --- a graph: layouts by the cut ---------------------------------------------------------------------------------------
 
 ALL = "tf32 1x32x2x16x16 > 32 kernel 3x3x3 padding 1.1x1.1x1.1"

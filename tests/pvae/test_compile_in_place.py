@@ -344,6 +344,15 @@ def test_submodules_may_come_and_go() -> None:
     torch.testing.assert_close(model(X), eager(X))
 
 
+def test_a_parametrization_may_come_later() -> None:
+    model, eager = compiled(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()))
+    model(X)
+    for m in (model, eager):
+        nn.utils.parametrizations.weight_norm(m[0])
+        m[0].parametrizations.weight.original0.data.mul_(2)
+    torch.testing.assert_close(model(X), eager(X))
+
+
 @pytest.mark.parametrize("engine", ["eager", "inductor"])
 def test_a_parameter_of_another_size(engine: str) -> None:
     model, _ = compiled(nn.Sequential(nn.Linear(4, 8)), engine=engine)

@@ -325,5 +325,12 @@ def test_environment_mistakes(say: Call, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_unknown_arguments_are_usage_errors(say: Call) -> None:
-    for arguments in (("explane",), ("explain",), ("explain", "kl", "--colour")):
+    for arguments, says in (
+        (("explane",), "No such command 'explane'"),
+        (("explain",), "Missing argument"),
+        (("explain", "kl", "--colour"), "No such option: --colour"),
+        (("tune", "kl", "--seconds", "soon"), "--seconds"),
+    ):
         assert say(*arguments).code == 2
+        machine = say(*arguments, "--json")
+        assert machine.code == 2 and says in machine.json["error"]

@@ -216,6 +216,18 @@ def test_factory(zoo_models: types.ModuleType) -> None:
     assert not torch.equal(case.run(), load("zoo_models:block", dtype=torch.bfloat16, seed=1).run())
 
 
+def test_every_run_has_lists_of_its_own(zoo_models: types.ModuleType) -> None:
+    class Causal(nn.Module):
+        def forward(self, x: torch.Tensor, caches: list[torch.Tensor | None], *, more: dict[str, int]) -> torch.Tensor:
+            before, caches[0] = caches[0], x
+            more["calls"] = more.get("calls", 0) + 1
+            return x * more["calls"] if before is None else x + before
+
+    zoo_models.causal = lambda: (Causal(), (torch.ones(2), [None]), {"more": {}})  # type: ignore[attr-defined]
+    case = load("zoo_models:causal")
+    assert torch.equal(case.run(), case.run()) and torch.equal(case.run(), case.cast(torch.float64).run().float())
+
+
 def test_factory_that_returns_something_else(zoo_models: types.ModuleType) -> None:
     class Nothing(nn.Module):
         def forward(self, x: torch.Tensor) -> None:

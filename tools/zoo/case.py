@@ -32,12 +32,12 @@ class Case:
         """The part's output, under `no_grad`: pixels for decode, distribution parameters or latents for encode.
 
         Nothing is sampled, so the same weights and inputs give the same output. `model` and `inputs` stand in for the
-        case's own: a compiled copy, another dtype, another size.
+        case's own: a compiled copy, another dtype, another size. Lists and mappings are the run's own: a model may keep
+        its caches there.
         """
+        model = self.model if model is None else model
         with torch.no_grad():
-            return self.call(
-                self.model if model is None else model, self.inputs if inputs is None else inputs, self.kwargs
-            )
+            return self.call(model, own(self.inputs if inputs is None else inputs), own(self.kwargs))
 
     def cast(self, dtype: torch.dtype) -> "Case":
         """A copy in another dtype with these very weights and inputs.
@@ -47,6 +47,15 @@ class Case:
         """
         model = nn.Module.to(copy.deepcopy(self.model), dtype)
         return replace(self, model=model, inputs=cast(self.inputs, dtype), kwargs=cast(self.kwargs, dtype))
+
+
+def own(value: Any) -> Any:
+    """`value` with tuples, lists and mappings of its own, and the same tensors in them."""
+    if isinstance(value, tuple | list):
+        return type(value)(own(item) for item in value)
+    if isinstance(value, Mapping):
+        return {key: own(item) for key, item in value.items()}
+    return value
 
 
 def cast(value: Any, dtype: torch.dtype, device: torch.device | None = None) -> Any:
