@@ -17,7 +17,7 @@ from tests.ranks import run_script
 pytest.importorskip("diffusers")
 
 WORLDS = {"zoo": 2, "ways": 3, "disagree": 3, "dies": 3}
-LATEST = SECONDS + 10.0  # twice the grace that a failing rank gives the others, and the rest for a busy machine
+LATEST = SECONDS + 3.0  # twice the grace that a failing rank gives the others, and a second for a busy machine
 Fared = dict[str, list[dict[str, Any]]]
 
 

@@ -21,12 +21,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pvae.runtime.rank_agreement import RankAgreement, RankError
+from pvae.runtime.rank_agreement import GRACE, RankAgreement, RankError
 from tests.ranks import on_forks, run_script
 
 GRAPH = ("all_to_all f32 [1,8,4,4] -> [1,8,2,4]", "all_reduce f32 [64]", "all_gather f32 [1,3,8,8]")
 SECONDS = 2.0
-LATEST = SECONDS + 10.0  # twice GRACE, and the rest for a busy machine; a rank that hangs would wait for minutes
+LATEST = SECONDS + 2.0
 
 
 def outcome(call: Callable[[], Any]) -> dict[str, Any]:
@@ -147,9 +147,9 @@ def test_a_failure_reaches_those_who_wait_at_once() -> None:
             raise ValueError("no kernel")
 
     waits, failed = in_threads(agrees(), fails, seconds=10)
-    assert failed["error"] == "ValueError" and failed["seconds"] < 5
+    assert failed["error"] == "ValueError" and failed["seconds"] < 1
     assert waits["ranks"] == [1] and "decoder: rank 1 failed: ValueError: no kernel" in waits["text"]
-    assert waits["seconds"] < 5  # half of what it would wait for one who says nothing
+    assert waits["seconds"] < 0.2 + GRACE + 1
 
 
 @pytest.mark.parametrize("error", [dist.DistBackendError("timeout"), RuntimeError("[gloo/pair.cc] Connection closed")])
@@ -337,7 +337,7 @@ def test_processes_that_do_not(sessions: Any, session: str, scenario: str, text:
     for rank in living:
         result = sessions[session][rank][scenario]
         if (scenario, rank) == ("raises", 2):
-            assert result["error"] == "ValueError" and result["seconds"] < SECONDS
+            assert result["error"] == "ValueError" and result["seconds"] < 1
             continue
         assert result["error"] == "RankError" and result["ranks"] == [named] and text in result["text"], result
         assert result["seconds"] < LATEST + (SECONDS + 1 if (scenario, rank) == ("skips", 2) else 0), result
