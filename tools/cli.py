@@ -414,6 +414,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(app(arguments, standalone_mode=not as_json))
     except USAGE_ERROR as error:  # with --json; else typer has printed it
         code, text = 2, error.format_message()
+    except typer.Abort:  # likewise
+        code, text = 1, "aborted"
     except (RequestError, Unsupported, pvae.OptionError, pvae.PipelineError, TuningStoreError) as error:
         code, text = 2, str(error)
     except pvae.PvaeError as error:

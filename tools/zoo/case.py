@@ -35,9 +35,10 @@ class Case:
         case's own: a compiled copy, another dtype, another size. Lists and mappings are the run's own: a model may keep
         its caches there.
         """
-        model = self.model if model is None else model
+        given = (self.inputs if inputs is None else inputs), self.kwargs
+        args, kwargs = torch.utils._pytree.tree_map(lambda leaf: leaf, given)
         with torch.no_grad():
-            return self.call(model, own(self.inputs if inputs is None else inputs), own(self.kwargs))
+            return self.call(self.model if model is None else model, args, kwargs)
 
     def cast(self, dtype: torch.dtype) -> "Case":
         """A copy in another dtype with these very weights and inputs.
@@ -47,15 +48,6 @@ class Case:
         """
         model = nn.Module.to(copy.deepcopy(self.model), dtype)
         return replace(self, model=model, inputs=cast(self.inputs, dtype), kwargs=cast(self.kwargs, dtype))
-
-
-def own(value: Any) -> Any:
-    """`value` with tuples, lists and mappings of its own, and the same tensors in them."""
-    if isinstance(value, tuple | list):
-        return type(value)(own(item) for item in value)
-    if isinstance(value, Mapping):
-        return {key: own(item) for key, item in value.items()}
-    return value
 
 
 def cast(value: Any, dtype: torch.dtype, device: torch.device | None = None) -> Any:
