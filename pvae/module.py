@@ -419,9 +419,9 @@ def lay_out_weights(module: nn.Module, options: Options) -> None:
 def compile(model: nn.Module, **options: Any) -> nn.Module:
     """Compile `model` in place and return it: encoder and decoder of an autoencoder, blocks of a DiT, else the whole.
 
-    Options are those of `pvae.Options`. Compiling again replaces the earlier choice. Where convolutions work channels_last
-    (on a GPU in half precision, or asked for) the strides of their weights change, not their values, and results get the
-    strides that eager gives with such weights: channels_last, as after `model.to(memory_format=...)`. Each kind of call is
+    Options are those of `pvae.Options`. Compiling again replaces the earlier choice. Where convolutions are to work
+    channels_last (`lay_out_weights`) the strides of their weights change, not their values, and results get the strides
+    that eager gives with such weights: channels_last, as after `model.to(memory_format=...)`. Each kind of call is
     captured when it first comes; module attributes are read at that time (after changing one, call `pvae.refresh(model)`).
 
     Raises OptionError or PipelineError for what it does not know; PvaeError where a forward cannot be captured.
