@@ -201,22 +201,19 @@ class DepthToSpace:
     name = "channels_last"
 
     def __init__(self) -> None:
-        self.graphs: dict[Graph, bool] = {}
+        self.works_channels_last: bool | None = None  # the graph, of which a pass has rules of its own
 
     def match(self, node: Node) -> Match | Refusal | None:
         shuffle = Shuffle.of(node)
         user = only_user(node)
         if shuffle is None or is_innermost(value(node)) or (user is not None and Shuffle.of(user) is not None):
             return None
-        if not self._works_channels_last(node.graph) or not _read_channels_last(node):
+        if self.works_channels_last is None:
+            self.works_channels_last = works_channels_last(node.graph)
+        if not self.works_channels_last or not _read_channels_last(node):
             return Refusal(node, "no norm or convolution reads it channels-last")
         producer = Producer.of(shuffle)
         return Match(node, (shuffle, producer), "" if producer is None else f"rows of {producer.weight} reordered")
-
-    def _works_channels_last(self, graph: Graph) -> bool:
-        if graph not in self.graphs:
-            self.graphs[graph] = works_channels_last(graph)
-        return self.graphs[graph]
 
     def rewrite(self, graph: Graph, match: Match) -> None:
         shuffle, producer = match.facts

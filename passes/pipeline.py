@@ -163,14 +163,20 @@ Observer = Callable[[str, GraphModule], None]
 
 
 def run_pipeline(
-    gm: GraphModule, pipeline: Pipeline, context: Context, *, check: bool = True, observe: Observer | None = None
+    gm: GraphModule,
+    pipeline: Pipeline,
+    context: Context,
+    *,
+    check: bool = True,
+    observe: Observer | None = None,
+    promised: Signature | None = None,
 ) -> list[Report]:
     """Run `pipeline` on `gm` in place; `observe(name, gm)` sees the graph before the first pass and after each, and last
-    as "lay_out_outputs" if any output was re-laid.
+    as "lay_out_outputs" if any output was re-laid. `promised` are the outputs where their layout is not `gm`'s own.
 
     A pass that raises fails the compile, with its name; nothing is caught and carried on.
     """
-    signature = Signature.of(gm.graph)
+    signature = promised or Signature.of(gm.graph)
     reports: list[Report] = []
     if observe is not None:
         observe("captured", gm)

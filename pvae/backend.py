@@ -273,7 +273,9 @@ def compile_capture(
         world=line,
         returned_caches=returned_caches,
     )
-    report.passes = run_pipeline(gm, options.pipeline, context, check=options.verify == "on", observe=observe)
+    report.passes = run_pipeline(
+        gm, options.pipeline, context, check=options.verify == "on", observe=observe, promised=capture.promised
+    )
     report.nodes_after, report.pass_seconds = len(gm.graph.nodes), time.perf_counter() - start
     absent = [n.name for n in nodes if ABSENT in n.meta and n.users]
     if absent:

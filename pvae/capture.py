@@ -10,7 +10,7 @@ import inspect
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import CodeType
 from typing import Any
 
@@ -18,7 +18,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from pvae.call_structure import positional_names
-from pvae.passes.ir import aten, output_node, placeholders
+from pvae.kernels.compact import OP as COMPACT
+from pvae.passes.ir import Builder, aten, output_node, placeholders, repropagate, value
+from pvae.passes.output_layout import dimension_order
+from pvae.passes.verify import Signature
 from pvae.runtime.sharded_tensor import ShardedTensor
 from pvae.runtime.torch_compat import (
     FakeTensor,
@@ -43,6 +46,7 @@ class Capture:
     mutated: tuple[int, ...]
     seconds: float
     arguments: Mapping[str, str] = field(default_factory=dict)  # placeholder -> the name that forward has for it
+    promised: Signature | None = None  # outputs as eager gives them, where the graph's own were laid out anew
 
 
 def _finish(gm: GraphModule, mutated: list[int], mode: FakeTensorMode | None) -> None:
@@ -157,6 +161,28 @@ def capture_run(
     _finish(traced, mutated, mode)
     own = frozenset(n.name for n in nodes[len(inputs) - len(weights) :])
     return Capture(traced, mode, own, tuple(mutated), time.perf_counter() - start, names)
+
+
+def lay_out_inputs(capture: Capture, inputs: Sequence[torch.Tensor]) -> Capture:
+    """The capture for inputs, fakes, in other strides than those that it was traced with.
+
+    The strides that follow in the graph are derived anew; its outputs stay promised as traced.
+    """
+    graph = capture.gm.graph
+    nodes = placeholders(graph)
+    relaid = [(n, i) for n, i in zip(nodes, inputs, strict=True) if value(n).stride() != i.stride()]
+    if not relaid:
+        return capture
+    promised = Signature.of(graph)
+    strides_matter = any(n.target is aten.as_strided.default for n in graph.nodes)
+    for node, now in relaid:
+        traced, node.meta["val"] = value(node), now
+        if strides_matter:
+            copy = Builder(nodes[-1].next)(COMPACT, node, dimension_order(traced.stride()))
+            node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
+    repropagate(graph.nodes)
+    capture.gm.recompile()
+    return replace(capture, promised=promised)
 
 
 def _named(called: Iterable[tuple[Node, str]]) -> dict[str, str]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pvae import weight_layout
 from pvae.auto_shard import choose_sharding
 from pvae.backend import ABSENT, REGISTRY, PvaeError, compile_capture, complain, overlapping, pvae_backend, region_ranks
 from pvae.block_pieces import Pieces, WholeResults, cut_inputs, input_pieces
@@ -36,13 +37,10 @@ from pvae.call_structure import (
     tensors_of,
     write_back,
 )
-from pvae.capture import capture_run, tensor_constants
-from pvae.kernels.channels_last import FORMATS
+from pvae.capture import capture_run, lay_out_inputs, tensor_constants
 from pvae.main_rank import inside_region, unwrap, wrap_named
 from pvae.module_state import Absent, Attribute, AttributeWatch, ModuleState, clean_caches, layout_key
 from pvae.options import GRAPH_FORMS, Options, parse_options
-from pvae.passes import channels_last
-from pvae.passes.channels_last import no_gain
 from pvae.passes.ir import placeholders
 from pvae.passes.pipeline import Observer
 from pvae.passes.rule import RewriteCounter
@@ -205,6 +203,7 @@ class CompiledForward:
                     return self(*args, **kwargs)
                 if isinstance(found, str):
                     self._stays_eager = found
+                    weight_layout.put_back(self.module)
                     return self._eager(found, args, kwargs)
                 program = self._programs[plain] = found
             self._programs[full] = program
@@ -222,7 +221,6 @@ class CompiledForward:
     def _fresh_state(self) -> ModuleState:
         if self._state is not None:
             self.forget()
-        lay_out_weights(self.module, self.options)
         self._state = ModuleState(self.module, self._written)
         weights = self._state.current()
         self._layout, self._where = layout_key(weights), self._device(weights)
@@ -234,7 +232,8 @@ class CompiledForward:
 
     def _eager(self, reason: str, args: Any, kwargs: Any) -> Any:
         complain(self.options, self.name, f"runs eagerly: {reason}")
-        return self.original(*args, **kwargs)
+        with weight_layout.as_given(self.module):
+            return self.original(*args, **kwargs)
 
     def _capture(
         self, call: Any, tensors: list[torch.Tensor], weights: list[torch.Tensor], state: ModuleState
@@ -254,7 +253,8 @@ class CompiledForward:
         device = next((t.device for t in (*tensors, *weights) if not t.is_meta), torch.get_default_device())
         mode = new_fake_mode()
         with torch.inference_mode(False), torch.no_grad():
-            fakes = [_fake(mode, t, device) for t in (*tensors, *weights)]
+            strides = weight_layout.eager_strides(call, tensors, weights)
+            fakes = [_fake(mode, t, device, s) for t, s in zip((*tensors, *weights), strides, strict=True)]
             traced = _Traced()
             watch = AttributeWatch(self.module)
             try:
@@ -285,6 +285,10 @@ class CompiledForward:
                 return None
             if capture.mutated and overlapping([*tensors, *weights]):
                 return "an input that is written shares memory with another input"
+            weight_layout.lay_out(self.module, self.options)
+            self._layout = layout_key(weights)
+            fakes = [_relaid(f, t) for f, t in zip(fakes, (*tensors, *weights), strict=True)]
+            capture = lay_out_inputs(capture, fakes)
             for node, gone in zip(placeholders(capture.gm.graph)[len(tensors) :], absent, strict=True):
                 if gone:
                     node.meta[ABSENT] = True
@@ -334,6 +338,7 @@ class CompiledForward:
 
     def _leave_to_dynamo(self, error: Exception) -> None:
         """Leave a forward that decides by a tensor's value to Dynamo, which breaks the graph there."""
+        weight_layout.put_back(self.module)
         first = str(error).strip().splitlines()[0]
         complain(
             self.options,
@@ -365,13 +370,18 @@ class CompiledForward:
         return templates.outputs
 
 
-def _fake(mode: FakeTensorMode, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def _fake(mode: FakeTensorMode, tensor: torch.Tensor, device: torch.device, strides: tuple[int, ...]) -> torch.Tensor:
     """The fake that a forward is traced with: of a sharded tensor the whole one, of a weight that is absent one on `device`."""
-    if not isinstance(tensor, ShardedTensor) and not tensor.is_meta:
+    if not isinstance(tensor, ShardedTensor) and not tensor.is_meta and tensor.stride() == strides:
         return static_fake(mode, tensor)
     with mode:
         where = device if tensor.is_meta else tensor.device
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=where)
+        return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=where)
+
+
+def _relaid(fake: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """`fake` in the strides that `tensor` has."""
+    return fake if fake.stride() == tensor.stride() else fake.new_empty_strided(tensor.shape, tensor.stride())
 
 
 def _fake_piece(mode: FakeTensorMode, tensor: torch.Tensor) -> ShardedTensor | None:
@@ -402,27 +412,13 @@ def _leaves(template: Any) -> Iterator[Any]:
         yield template
 
 
-def lay_out_weights(module: nn.Module, options: Options) -> None:
-    """Put convolution weights into channels_last in place where the layout policy wants them so.
-
-    Values, sizes and identity stay; only strides change. Otherwise every call would re-lay them (LTX-2: 4 % of a decode).
-    """
-    mode = channels_last.mode(options)
-    for conv in module.modules():
-        if mode == "off" or not isinstance(conv, (nn.Conv2d, nn.Conv3d)):
-            continue
-        weight = conv.weight
-        if type(weight.data) is torch.Tensor and not weight.is_meta and (mode == "on" or not no_gain(weight)):
-            weight.data = weight.data.contiguous(memory_format=FORMATS[weight.dim()])
-
-
 def compile(model: nn.Module, **options: Any) -> nn.Module:
     """Compile `model` in place and return it: encoder and decoder of an autoencoder, blocks of a DiT, else the whole.
 
     Options are those of `pvae.Options`. Compiling again replaces the earlier choice. Where convolutions are to work
-    channels_last (`lay_out_weights`) the strides of their weights change, not their values, and results get the strides
-    that eager gives with such weights: channels_last, as after `model.to(memory_format=...)`. Each kind of call is
-    captured when it first comes; module attributes are read at that time (after changing one, call `pvae.refresh(model)`).
+    channels_last the strides of their weights change in place, not their values, until `pvae.restore(model)`; results come
+    in eager's strides. Each kind of call is captured when it first comes; module attributes are read at that time (after
+    changing one, call `pvae.refresh(model)`).
 
     Raises OptionError or PipelineError for what it does not know; PvaeError where a forward cannot be captured.
     """
@@ -474,7 +470,7 @@ def compiled_forwards(model: nn.Module) -> list[CompiledForward]:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo `compile`: every region gets the forward that it had."""
+    """Undo `compile`: every region gets the forward that it had, and its weights the strides that they had."""
     remove_tiles(model)
     for key in [key for key, hook in model._forward_hooks.items() if isinstance(hook, WholeResults)]:
         del model._forward_hooks[key]
@@ -484,6 +480,7 @@ def restore(model: nn.Module) -> nn.Module:
             del module.__dict__["forward"]
         else:
             module.forward = forward.original
+        weight_layout.put_back(module)
     unwrap(model)
     return model
 

@@ -147,10 +147,11 @@ def test_the_sum_of_two_convolutions_is_one_epilogue() -> None:
     def before(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
         return (conv(x, w) + conv(x, v)).sum()
 
-    gm, (report,) = rewrite(before, X, W, 2 * W, **FORCED)
+    args = [t.double() for t in (X, W, 2 * W)]
+    gm, (report,) = rewrite(before, *args, **FORCED)
     assert report.counters["taps"] == 2 and [m.note for m in report.matches].count("4 -> 4 channels, residual") == 1
     assert not [n for n in gm.graph.nodes if n.target is aten.add.Tensor]
-    torch.testing.assert_close(gm(X, W, 2 * W)[0], before(X, W, 2 * W))
+    torch.testing.assert_close(gm(*args)[0], before(*args), rtol=1e-12, atol=1e-12)
 
 
 def test_what_others_read_too_stays_for_them() -> None:
