@@ -172,7 +172,8 @@ def run_pipeline(
     promised: Signature | None = None,
 ) -> list[Report]:
     """Run `pipeline` on `gm` in place; `observe(name, gm)` sees the graph before the first pass and after each, and last
-    as "lay_out_outputs" if any output was re-laid. `promised` are the outputs where their layout is not `gm`'s own.
+    as "lay_out_outputs" if any output was re-laid. `promised` are its outputs as the caller expects them, by default as they
+    are.
 
     A pass that raises fails the compile, with its name; nothing is caught and carried on.
     """

@@ -146,14 +146,6 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
     return [tensor for item in items for tensor in tensors_of(item)]
 
 
-def in_containers(args: Sequence[Any], kwargs: Mapping[str, Any], more: Sequence[Any]) -> list[bool]:
-    """For each tensor of a call, in the order of `describe((args, kwargs, more), ...)`: whether it is no argument itself."""
-    found: list[bool] = []
-    for value in (*args, *kwargs.values(), more):
-        found += [not isinstance(value, torch.Tensor)] * len(tensors_of(value))
-    return found
-
-
 def same_layout(key: Any) -> Any:
     """`key` with the strides that mean nothing, of dimensions of size 1 and of tensors of no elements, set to 0."""
     if isinstance(key, tuple) and len(key) == 4 and isinstance(key[0], torch.Size):

@@ -10,7 +10,7 @@ import inspect
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
 
@@ -45,8 +45,8 @@ class Capture:
     weights: frozenset[str]
     mutated: tuple[int, ...]
     seconds: float
+    promised: Signature  # the outputs, in eager's strides
     arguments: Mapping[str, str] = field(default_factory=dict)  # placeholder -> the name that forward has for it
-    promised: Signature | None = None  # outputs as eager gives them, where the graph's own were laid out anew
 
 
 def _finish(gm: GraphModule, mutated: list[int], mode: FakeTensorMode | None) -> None:
@@ -99,7 +99,8 @@ def capture_graph(gm: GraphModule, inputs: Sequence[Any], *, static: bool = Fals
     code, _ = current_frame()
     called = zip(placeholders(traced.graph), (_argument_name(n, code) for n in nodes), strict=True)
     arguments = _named((node, name) for node, name in called if name is not None)
-    return Capture(traced, mode, weights, tuple(mutated), time.perf_counter() - start, arguments)
+    seconds = time.perf_counter() - start
+    return Capture(traced, mode, weights, tuple(mutated), seconds, Signature.of(traced.graph), arguments)
 
 
 def _argument_name(node: Node, code: CodeType | None) -> str | None:
@@ -160,29 +161,28 @@ def capture_run(
     names = _named(zip(nodes, arguments, strict=False))
     _finish(traced, mutated, mode)
     own = frozenset(n.name for n in nodes[len(inputs) - len(weights) :])
-    return Capture(traced, mode, own, tuple(mutated), time.perf_counter() - start, names)
+    seconds = time.perf_counter() - start
+    return Capture(traced, mode, own, tuple(mutated), seconds, Signature.of(traced.graph), names)
 
 
-def lay_out_inputs(capture: Capture, inputs: Sequence[torch.Tensor]) -> Capture:
-    """The capture for inputs, fakes, in other strides than those that it was traced with.
+def lay_out_inputs(capture: Capture, strides: Sequence[Sequence[int]]) -> None:
+    """Have the graph take inputs in other strides than it was traced with, in place.
 
-    The strides that follow in the graph are derived anew; its outputs stay promised as traced.
+    The strides that follow are derived anew; the outputs stay promised as they were.
     """
     graph = capture.gm.graph
     nodes = placeholders(graph)
-    relaid = [(n, i) for n, i in zip(nodes, inputs, strict=True) if value(n).stride() != i.stride()]
-    if not relaid:
-        return capture
-    promised = Signature.of(graph)
+    relaid = [(n, list(s)) for n, s in zip(nodes, strides, strict=True) if value(n).stride() != tuple(s)]
     strides_matter = any(n.target is aten.as_strided.default for n in graph.nodes)
     for node, now in relaid:
-        traced, node.meta["val"] = value(node), now
+        traced = value(node)
+        node.meta["val"] = traced.new_empty_strided(traced.shape, now)
         if strides_matter:
             copy = Builder(nodes[-1].next)(COMPACT, node, dimension_order(traced.stride()))
             node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
-    repropagate(graph.nodes)
-    capture.gm.recompile()
-    return replace(capture, promised=promised)
+    if relaid:
+        repropagate(graph.nodes)
+        capture.gm.recompile()
 
 
 def _named(called: Iterable[tuple[Node, str]]) -> dict[str, str]:

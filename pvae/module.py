@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pvae import weight_layout
+from pvae import eager_layout
 from pvae.auto_shard import choose_sharding
 from pvae.backend import ABSENT, REGISTRY, PvaeError, compile_capture, complain, overlapping, pvae_backend, region_ranks
 from pvae.block_pieces import Pieces, WholeResults, cut_inputs, input_pieces
@@ -38,6 +38,7 @@ from pvae.call_structure import (
     write_back,
 )
 from pvae.capture import capture_run, lay_out_inputs, tensor_constants
+from pvae.eager_layout import Strides, note
 from pvae.main_rank import inside_region, unwrap, wrap_named
 from pvae.module_state import Absent, Attribute, AttributeWatch, ModuleState, clean_caches, layout_key
 from pvae.options import GRAPH_FORMS, Options, parse_options
@@ -45,6 +46,7 @@ from pvae.passes.ir import placeholders
 from pvae.passes.pipeline import Observer
 from pvae.passes.rule import RewriteCounter
 from pvae.passes.shard_choice import Choice
+from pvae.passes.verify import Signature
 from pvae.ranks import Ranks, ranks_of, world_size
 from pvae.regions import regions, repeated_blocks
 from pvae.report import GraphReport
@@ -77,6 +79,7 @@ class Program:
     effects: tuple[tuple[int, Any], ...]
     returns_inputs: bool
     mutated: tuple[int, ...]
+    laid: tuple[tuple[int, Strides], ...]  # outputs that are not in eager's strides, and these
     report: GraphReport
 
     def __call__(self, call: Any, tensors: list[torch.Tensor], weights: list[torch.Tensor], boxes: list[Box]) -> Any:
@@ -87,6 +90,8 @@ class Program:
                 content_of(boxes[index]).clear()
             tensors.clear()
         outputs = self.compiled(inputs)
+        for index, strides in self.laid:
+            note(outputs[index], strides)
         if self.returns_inputs or self.mutated:
             own = tensors_of(call)
             for index in self.mutated:
@@ -203,7 +208,7 @@ class CompiledForward:
                     return self(*args, **kwargs)
                 if isinstance(found, str):
                     self._stays_eager = found
-                    weight_layout.put_back(self.module)
+                    eager_layout.put_back(self.module)
                     return self._eager(found, args, kwargs)
                 program = self._programs[plain] = found
             self._programs[full] = program
@@ -232,7 +237,7 @@ class CompiledForward:
 
     def _eager(self, reason: str, args: Any, kwargs: Any) -> Any:
         complain(self.options, self.name, f"runs eagerly: {reason}")
-        with weight_layout.as_given(self.module):
+        with eager_layout.given_weights(self.module):
             return self.original(*args, **kwargs)
 
     def _capture(
@@ -253,8 +258,7 @@ class CompiledForward:
         device = next((t.device for t in (*tensors, *weights) if not t.is_meta), torch.get_default_device())
         mode = new_fake_mode()
         with torch.inference_mode(False), torch.no_grad():
-            strides = weight_layout.eager_strides(call, tensors, weights)
-            fakes = [_fake(mode, t, device, s) for t, s in zip((*tensors, *weights), strides, strict=True)]
+            fakes = [_fake(mode, t, device) for t in (*tensors, *weights)]
             traced = _Traced()
             watch = AttributeWatch(self.module)
             try:
@@ -285,10 +289,9 @@ class CompiledForward:
                 return None
             if capture.mutated and overlapping([*tensors, *weights]):
                 return "an input that is written shares memory with another input"
-            weight_layout.lay_out(self.module, self.options)
+            eager_layout.lay_out_weights(self.module, self.options)
             self._layout = layout_key(weights)
-            fakes = [_relaid(f, t) for f, t in zip(fakes, (*tensors, *weights), strict=True)]
-            capture = lay_out_inputs(capture, fakes)
+            lay_out_inputs(capture, [t.stride() for t in (*tensors, *weights)])
             for node, gone in zip(placeholders(capture.gm.graph)[len(tensors) :], absent, strict=True):
                 if gone:
                     node.meta[ABSENT] = True
@@ -316,7 +319,8 @@ class CompiledForward:
                 leaf.index for i, leaf in enumerate(traced.result) if i not in traced.caches and isinstance(leaf, Out)
             }
             pieces = (_fake_piece(mode, t) for t in tensors)
-            given = [f if p is None else p for f, p in zip(fakes, (*pieces, *[None] * len(weights)), strict=True)]
+            whole = [n.meta["val"] for n in placeholders(capture.gm.graph)]
+            given = [w if p is None else p for w, p in zip(whole, (*pieces, *[None] * len(weights)), strict=True)]
             world = region_ranks(capture, self.options)
             with nullcontext() if self.ranks is not None or world is None else world.guarded(self.name):
                 compiled = compile_capture(
@@ -331,14 +335,17 @@ class CompiledForward:
                     world=world,
                     observe=self.observe,
                 )
+        now = Signature.of(capture.gm.graph).outputs
+        promised = [(i, capture.promised.outputs[i].stride()) for i in sorted(free | (result - others))]
+        laid = tuple((i, strides) for i, strides in promised if strides != now[i].stride())
         returns_inputs = any(isinstance(leaf, In) for leaf in (*traced.result, *effects))
         return Program(
-            compiled, traced.result, traced.spec, tuple(traced.effects), returns_inputs, capture.mutated, report
+            compiled, traced.result, traced.spec, tuple(traced.effects), returns_inputs, capture.mutated, laid, report
         )
 
     def _leave_to_dynamo(self, error: Exception) -> None:
         """Leave a forward that decides by a tensor's value to Dynamo, which breaks the graph there."""
-        weight_layout.put_back(self.module)
+        eager_layout.put_back(self.module)
         first = str(error).strip().splitlines()[0]
         complain(
             self.options,
@@ -370,18 +377,15 @@ class CompiledForward:
         return templates.outputs
 
 
-def _fake(mode: FakeTensorMode, tensor: torch.Tensor, device: torch.device, strides: tuple[int, ...]) -> torch.Tensor:
-    """The fake that a forward is traced with: of a sharded tensor the whole one, of a weight that is absent one on `device`."""
+def _fake(mode: FakeTensorMode, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The fake that a forward is traced with: in eager's strides, of a sharded tensor the whole one, of a weight that is
+    absent one on `device`."""
+    strides = eager_layout.eager_strides(tensor)
     if not isinstance(tensor, ShardedTensor) and not tensor.is_meta and tensor.stride() == strides:
         return static_fake(mode, tensor)
     with mode:
         where = device if tensor.is_meta else tensor.device
         return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=where)
-
-
-def _relaid(fake: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """`fake` in the strides that `tensor` has."""
-    return fake if fake.stride() == tensor.stride() else fake.new_empty_strided(tensor.shape, tensor.stride())
 
 
 def _fake_piece(mode: FakeTensorMode, tensor: torch.Tensor) -> ShardedTensor | None:
@@ -480,7 +484,7 @@ def restore(model: nn.Module) -> nn.Module:
             del module.__dict__["forward"]
         else:
             module.forward = forward.original
-        weight_layout.put_back(module)
+        eager_layout.put_back(module)
     unwrap(model)
     return model
 

@@ -1,4 +1,4 @@
-"""Weights that `pvae.compile` re-lays in place: the model sees no difference, in what it may do and in what it returns."""
+"""Weights and caches that `pvae.compile` lays out anew: the model sees no difference, in what it may do and what it returns."""
 
 from __future__ import annotations
 
@@ -114,6 +114,25 @@ def test_caches_that_come_back_laid_out() -> None:
             assert_same(model(chunk, ours), eager(chunk, theirs))
             assert ours[0].stride(1) == 1 and theirs[0].is_contiguous()
     assert sum(len(f.programs) for f in compiled_forwards(model)) == 2
+
+
+def test_caches_that_eager_has_channels_last_itself() -> None:
+    class Joins(Net):
+        def forward(self, x: Tensor, *args: Any) -> Tensor:
+            (cache,) = args
+            y = super().forward(x).contiguous(memory_format=torch.channels_last_3d)
+            joined = torch.cat([*cache, y], 2)
+            cache[:] = [y[:, :, -2:].clone()]
+            return joined
+
+    model, eager = compiled(Joins())
+    ours: list[Tensor] = []
+    theirs: list[Tensor] = []
+    with torch.no_grad():
+        for number in range(3):
+            result = model(X + number, ours)
+            assert_same(result, eager(X + number, theirs))
+            assert result.stride(1) == 1, "a case in which it matters"
 
 
 @pytest.mark.parametrize("name", ["wan2.1", "cogvideox", "mochi"])
