@@ -50,8 +50,6 @@ class WeightChannelsLast:
             return None
         if not self.forced and choice.layout != LAST:
             return Refusal(node, choice.why_not("channels_last") or f"{choice.layout} is chosen")
-        if any(n.target is aten.as_strided.default for n in node.graph.nodes):
-            return Refusal(node, "the graph reads strides (as_strided)")
         return Match(node, conv)
 
     def rewrite(self, graph: Graph, match: Match) -> None:

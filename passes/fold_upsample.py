@@ -53,8 +53,6 @@ def _conv_refusal(conv: ConvNode, found: Enlarged) -> str | None:
     for own, cut in zip(conv.padding[-2:], found.crop, strict=True):
         if own != (0, 0) and (own != (1, 1) or cut != (0, 0)):
             return f"padding {own} of rows or columns" + (" that are padded already" if any(cut) else ", not 1 or none")
-    if any(n.target is aten.as_strided.default for n in conv.node.graph.nodes):
-        return "the graph reads strides (as_strided)"
     return None
 
 

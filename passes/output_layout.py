@@ -38,7 +38,7 @@ def lay_out_outputs(gm: GraphModule, signature: Signature, context: Context) -> 
                 order = [0, *order[2:], 1]
             wanted = _dense_strides(promised.shape, order)
         else:
-            order, wanted = dimension_order(promised.stride()), promised.stride()
+            order, wanted = _dimension_order(promised.stride()), promised.stride()
         source = node
         while source.target is aten.clone.default:
             source = source.args[0]
@@ -59,8 +59,7 @@ def _innermost(tensor: torch.Tensor) -> bool:
     return known(tensor.stride(1) == 1) and not known(tensor.shape[1] == 1)
 
 
-def dimension_order(strides: Any) -> list[int]:
-    """Dimensions by their strides, outermost first; as they are numbered where strides are symbols."""
+def _dimension_order(strides: Any) -> list[int]:
     if not all(isinstance(s, int) for s in strides):
         return list(range(len(strides)))
     return sorted(range(len(strides)), key=lambda d: strides[d], reverse=True)

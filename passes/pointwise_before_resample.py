@@ -107,8 +107,6 @@ class PointwiseBeforeResample:
             return Refusal(node, "the resampling may make fewer positions")
         if not any(larger):
             return Refusal(node, "the resampling makes no more positions")
-        if any(n.target is aten.as_strided.default for n in node.graph.nodes):
-            return Refusal(node, "the graph reads strides (as_strided)")
         return Match(node, conv, f"{conv.in_channels} -> {conv.out_channels} channels")
 
     def rewrite(self, graph: Graph, match: Match) -> None:

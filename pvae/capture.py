@@ -7,6 +7,7 @@ bases.
 from __future__ import annotations
 
 import inspect
+import operator
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +21,6 @@ from torch.fx import GraphModule, Node
 from pvae.call_structure import positional_names
 from pvae.kernels.compact import OP as COMPACT
 from pvae.passes.ir import Builder, aten, output_node, placeholders, repropagate, value
-from pvae.passes.output_layout import dimension_order
 from pvae.passes.verify import Signature
 from pvae.runtime.sharded_tensor import ShardedTensor
 from pvae.runtime.torch_compat import (
@@ -52,7 +52,8 @@ class Capture:
 def _finish(gm: GraphModule, mutated: list[int], mode: FakeTensorMode | None) -> None:
     """Turn the trailing new values of written inputs into `copy_` nodes, and make the output one flat tuple.
 
-    `view` becomes `reshape`: a view is a promise about strides, which passes change. Constants get a fake of `mode`.
+    `view` becomes `reshape`: a view is a promise about strides, which passes change. What reads memory by strides of its own
+    (`as_strided`) reads a copy in those of today. Constants get a fake of `mode`.
     """
     graph = gm.graph
     for node in graph.nodes:
@@ -60,6 +61,9 @@ def _finish(gm: GraphModule, mutated: list[int], mode: FakeTensorMode | None) ->
             node.target = aten.reshape.default
         elif node.op == "get_attr" and mode is not None:
             node.meta["val"] = static_fake(mode, getattr(gm, node.target))
+    for op, required in ((aten.as_strided.default, 3), (aten.as_strided_scatter.default, 4)):
+        for node in graph.find_nodes(op="call_function", target=op):
+            _read_a_copy(node, required)
     out = output_node(graph)
     leaves = list(torch.utils._pytree.tree_leaves(out.args, is_leaf=lambda x: x is None))
     inputs = placeholders(graph)
@@ -71,6 +75,36 @@ def _finish(gm: GraphModule, mutated: list[int], mode: FakeTensorMode | None) ->
         node.meta["val"] = inputs[index].meta["val"]
     out.args = (tuple(written.get(leaf, leaf) for leaf in leaves),)  # a written input is returned as itself
     gm.recompile()
+
+
+def _read_a_copy(node: Node, required: int) -> None:
+    """`as_strided(x, size, stride, offset)` -> the same of a copy of the tensor in whose memory x is.
+
+    `required` arguments come before the offset, which is counted from the start of that memory.
+    """
+    x: Any = node.args[0]
+    base = x
+    while node.target is aten.as_strided.default and (source := _viewed(base)) is not None:
+        base = source
+    whole = value(base)
+    if not torch.ops.aten.is_non_overlapping_and_dense.default(whole):
+        return  # an input with gaps: no pass lays it out
+    build = Builder(node)
+    order = sorted(range(whole.dim()), key=lambda d: whole.stride(d), reverse=True)
+    offset = (*node.args, None)[required] if "storage_offset" not in node.kwargs else node.kwargs["storage_offset"]
+    if offset is None:
+        offset = int(value(x).storage_offset())  # a guard, where sizes are symbols
+    offset = build(operator.sub, offset, int(whole.storage_offset()))
+    node.args, node.kwargs = (build(COMPACT, base, order), *node.args[1:required], offset), {}
+
+
+def _viewed(node: Node) -> Node | None:
+    """The tensor of which `node` is a view."""
+    if node.op != "call_function":
+        return None
+    memory = value(node).untyped_storage()._cdata
+    sources = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    return next((n for n in sources if value(n).untyped_storage()._cdata == memory), None)
 
 
 def capture_graph(gm: GraphModule, inputs: Sequence[Any], *, static: bool = False) -> Capture:
@@ -173,13 +207,8 @@ def lay_out_inputs(capture: Capture, strides: Sequence[Sequence[int]]) -> None:
     graph = capture.gm.graph
     nodes = placeholders(graph)
     relaid = [(n, list(s)) for n, s in zip(nodes, strides, strict=True) if value(n).stride() != tuple(s)]
-    strides_matter = any(n.target is aten.as_strided.default for n in graph.nodes)
     for node, now in relaid:
-        traced = value(node)
-        node.meta["val"] = traced.new_empty_strided(traced.shape, now)
-        if strides_matter:
-            copy = Builder(nodes[-1].next)(COMPACT, node, dimension_order(traced.stride()))
-            node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
+        node.meta["val"] = value(node).new_empty_strided(value(node).shape, now)
     if relaid:
         repropagate(graph.nodes)
         capture.gm.recompile()

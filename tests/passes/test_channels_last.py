@@ -71,14 +71,6 @@ def test_already_so_or_of_one_dimension() -> None:
         assert not reports[0].matches and not refusals(reports)
 
 
-def test_a_graph_that_reads_strides_is_refused() -> None:
-    def before(x: Tensor, w: Tensor) -> Tensor:
-        return torch.as_strided(F.conv3d(x, w), (2, 3), (3, 1))
-
-    _, reports = rewrite(before, X, W, passes="channels_last{layout=on}")
-    assert refusals(reports) == ["the graph reads strides (as_strided)"]
-
-
 def test_the_caller_gets_eagers_layout() -> None:
     conv = nn.Conv3d(4, 6, 3, padding=1)
     compiled = torch.compile(conv, backend="pvae", options={"engine": "eager", "channels_last": "on"}, dynamic=False)
