@@ -43,7 +43,7 @@ def lay_out_outputs(gm: GraphModule, signature: Signature, context: Context) -> 
         while source.target is aten.clone.default:
             source = source.args[0]
         copied_out = source is not node and source.target in VIEW_OPS
-        if not copied_out and _same_strides(value(node), wanted):
+        if not copied_out and same_strides(value(node), wanted):
             continue
         # Right after what it copies: at the end of the graph it would keep every activation alive until then.
         build = Builder(source.next if source.op != "placeholder" else node.next)
@@ -73,6 +73,7 @@ def _dense_strides(shape: Any, order: list[int]) -> list[Any]:
     return strides
 
 
-def _same_strides(tensor: torch.Tensor, strides: Any) -> bool:
+def same_strides(tensor: torch.Tensor, strides: Any) -> bool:
+    """Whether `tensor` has those strides, where they mean anything: in dimensions of more than one element."""
     triples = zip(tensor.shape, tensor.stride(), strides, strict=True)
     return all(known(size == 1) or known(now == then) for size, now, then in triples)

@@ -43,6 +43,7 @@ from pvae.main_rank import inside_region, unwrap, wrap_named
 from pvae.module_state import Absent, Attribute, AttributeWatch, ModuleState, clean_caches, layout_key
 from pvae.options import GRAPH_FORMS, Options, parse_options
 from pvae.passes.ir import placeholders
+from pvae.passes.output_layout import same_strides
 from pvae.passes.pipeline import Observer
 from pvae.passes.rule import RewriteCounter
 from pvae.passes.shard_choice import Choice
@@ -337,7 +338,7 @@ class CompiledForward:
                 )
         now = Signature.of(capture.gm.graph).outputs
         promised = [(i, capture.promised.outputs[i].stride()) for i in sorted(free | (result - others))]
-        laid = tuple((i, strides) for i, strides in promised if strides != now[i].stride())
+        laid = tuple((i, strides) for i, strides in promised if not same_strides(now[i], strides))
         returns_inputs = any(isinstance(leaf, In) for leaf in (*traced.result, *effects))
         return Program(
             compiled, traced.result, traced.spec, tuple(traced.effects), returns_inputs, capture.mutated, laid, report
