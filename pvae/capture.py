@@ -61,6 +61,9 @@ def _finish(gm: GraphModule, mutated: list[int], mode: FakeTensorMode | None) ->
             node.target = aten.reshape.default
         elif node.op == "get_attr" and mode is not None:
             node.meta["val"] = static_fake(mode, getattr(gm, node.target))
+    for op in (aten.sym_stride.int, aten.sym_storage_offset.default):
+        for node in graph.find_nodes(op="call_function", target=op):
+            _state(node)
     for op, required in ((aten.as_strided.default, 3), (aten.as_strided_scatter.default, 4)):
         for node in graph.find_nodes(op="call_function", target=op):
             _read_a_copy(node, required)
@@ -77,6 +80,29 @@ def _finish(gm: GraphModule, mutated: list[int], mode: FakeTensorMode | None) ->
     gm.recompile()
 
 
+def _state(node: Node) -> None:
+    """A stride or offset that the graph reads from an activation -> what it is in eager, of the activation's sizes."""
+    x: Any = node.args[0]
+    if x.op == "placeholder":
+        return  # as the caller gave it
+    val, build = value(x), Builder(node)
+    if node.target is aten.sym_stride.int and torch.ops.aten.is_non_overlapping_and_dense.default(val):
+        order = _order(val)
+        stated = build.product(1, *(build.size(x, d) for d in order[order.index(node.args[1]) + 1 :]))
+    else:
+        stated = int(value(node))  # a guard
+    if isinstance(stated, Node):
+        node.replace_all_uses_with(stated)
+    for user in list(node.users):
+        user.args, user.kwargs = torch.fx.map_arg((user.args, user.kwargs), lambda n: stated if n is node else n)
+    node.graph.erase_node(node)
+
+
+def _order(tensor: torch.Tensor) -> list[int]:
+    """The dimensions of a dense tensor, outermost in memory first; compares sizes, which are guards where they are symbols."""
+    return sorted(range(tensor.dim()), key=lambda d: tensor.stride(d), reverse=True)
+
+
 def _read_a_copy(node: Node, required: int) -> None:
     """`as_strided(x, size, stride, offset)` -> the same of a copy of the tensor in whose memory x is.
 
@@ -90,12 +116,11 @@ def _read_a_copy(node: Node, required: int) -> None:
     if not torch.ops.aten.is_non_overlapping_and_dense.default(whole):
         return  # an input with gaps: no pass lays it out
     build = Builder(node)
-    order = sorted(range(whole.dim()), key=lambda d: whole.stride(d), reverse=True)
     offset = (*node.args, None)[required] if "storage_offset" not in node.kwargs else node.kwargs["storage_offset"]
     if offset is None:
         offset = int(value(x).storage_offset())  # a guard, where sizes are symbols
     offset = build(operator.sub, offset, int(whole.storage_offset()))
-    node.args, node.kwargs = (build(COMPACT, base, order), *node.args[1:required], offset), {}
+    node.args, node.kwargs = (build(COMPACT, base, _order(whole)), *node.args[1:required], offset), {}
 
 
 def _viewed(node: Node) -> Node | None:

@@ -30,6 +30,9 @@ READERS: dict[str, Callable[[Tensor], Tensor]] = {
     "of a slice, from the start of the memory": lambda y: y[:, 1:, ::2].as_strided((2, 3), (1152, 36), 0),
     "of a permutation": lambda y: y.permute(0, 2, 3, 4, 1).as_strided((8, 8), (9, 31), 2),
     "of a view of a view": lambda y: y.flatten(1)[1].view(-1, 4).t().as_strided((3, 3), (2, 5)),
+    "by strides that it reads": lambda y: y + y.as_strided(y.shape, y.contiguous().stride()),
+    "at an offset that it reads": lambda y: y.as_strided((8, 3), y.stride()[2:4], y[:, 1:].storage_offset()),
+    "strides as numbers": lambda y: y * y.stride()[2] + y[:, :, ::2].stride()[2] + y[1:].storage_offset(),
     "of a sum": lambda y: (y + 1).as_strided((8, 8), (9, 31), 2),
     "written": written,
 }
