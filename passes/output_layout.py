@@ -38,7 +38,8 @@ def lay_out_outputs(gm: GraphModule, signature: Signature, context: Context) -> 
                 order = [0, *order[2:], 1]
             wanted = _dense_strides(promised.shape, order)
         else:
-            order, wanted = _dimension_order(promised.stride()), promised.stride()
+            wanted = promised.stride()
+            order = dimension_order(wanted) if _are_numbers(wanted) else list(range(promised.dim()))
         source = node
         while source.target is aten.clone.default:
             source = source.args[0]
@@ -59,10 +60,13 @@ def _innermost(tensor: torch.Tensor) -> bool:
     return known(tensor.stride(1) == 1) and not known(tensor.shape[1] == 1)
 
 
-def _dimension_order(strides: Any) -> list[int]:
-    if not all(isinstance(s, int) for s in strides):
-        return list(range(len(strides)))
+def dimension_order(strides: Any) -> list[int]:
+    """The dimensions, outermost in memory first. Compares the strides, which are guards where they are symbols."""
     return sorted(range(len(strides)), key=lambda d: strides[d], reverse=True)
+
+
+def _are_numbers(strides: Any) -> bool:
+    return all(isinstance(s, int) for s in strides)
 
 
 def _dense_strides(shape: Any, order: list[int]) -> list[Any]:
@@ -77,3 +81,11 @@ def same_strides(tensor: torch.Tensor, strides: Any) -> bool:
     """Whether `tensor` has those strides, where they mean anything: in dimensions of more than one element."""
     triples = zip(tensor.shape, tensor.stride(), strides, strict=True)
     return all(known(size == 1) or known(now == then) for size, now, then in triples)
+
+
+def in_strides(tensor: torch.Tensor, strides: Any) -> torch.Tensor:
+    """`tensor` itself if it has those strides, where they mean anything, or they are symbols; else a copy that has them."""
+    triples = zip(tensor.shape, tensor.stride(), strides, strict=True)
+    if not _are_numbers(strides) or all(size == 1 or now == then for size, now, then in triples):
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)

@@ -22,6 +22,7 @@ from pvae.options import OptionError, Options, parse_options
 from pvae.passes import dump
 from pvae.passes.ir import ConvNode, known, output_node, placeholders, value
 from pvae.passes.main_rank import MAIN_RANK, has_regions, mark_modules
+from pvae.passes.output_layout import in_strides
 from pvae.passes.pipeline import Observer, run_pipeline
 from pvae.passes.prepare_weights import split_weight_work
 from pvae.passes.rule import Context, RewriteCounter
@@ -387,16 +388,9 @@ def _interpreter(gm: GraphModule) -> Callable[[list[Any]], Any]:
 
     def run(inputs: list[Any]) -> tuple[Any, ...]:
         outputs = torch.fx.Interpreter(gm).boxed_run(inputs)
-        return tuple(o if s is None else _in_strides(o, s) for o, s in zip(outputs, strides, strict=True))
+        return tuple(o if s is None else in_strides(o, s) for o, s in zip(outputs, strides, strict=True))
 
     return run
-
-
-def _in_strides(tensor: torch.Tensor, strides: tuple[Any, ...]) -> torch.Tensor:
-    symbolic = not all(isinstance(s, int) for s in strides)
-    if symbolic or all(n == 1 or a == b for n, a, b in zip(tensor.shape, tensor.stride(), strides, strict=True)):
-        return tensor
-    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 class _DynamoWatch(logging.Handler):

@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 from pvae.call_structure import positional_names
 from pvae.kernels.compact import OP as COMPACT
 from pvae.passes.ir import Builder, aten, output_node, placeholders, repropagate, value
+from pvae.passes.output_layout import dimension_order
 from pvae.passes.verify import Signature
 from pvae.runtime.sharded_tensor import ShardedTensor
 from pvae.runtime.torch_compat import (
@@ -53,7 +54,7 @@ def _finish(gm: GraphModule, mutated: list[int], mode: FakeTensorMode | None) ->
     """Turn the trailing new values of written inputs into `copy_` nodes, and make the output one flat tuple.
 
     `view` becomes `reshape`: a view is a promise about strides, which passes change. What reads memory by strides of its own
-    (`as_strided`) reads a copy in those of today. Constants get a fake of `mode`.
+    (`as_strided`) reads a copy laid out as traced, and strides that the graph reads are those. Constants get a fake of `mode`.
     """
     graph = gm.graph
     for node in graph.nodes:
@@ -87,7 +88,7 @@ def _state(node: Node) -> None:
         return  # as the caller gave it
     val, build = value(x), Builder(node)
     if node.target is aten.sym_stride.int and torch.ops.aten.is_non_overlapping_and_dense.default(val):
-        order = _order(val)
+        order = dimension_order(val.stride())
         stated = build.product(1, *(build.size(x, d) for d in order[order.index(node.args[1]) + 1 :]))
     else:
         stated = int(value(node))  # a guard
@@ -96,11 +97,6 @@ def _state(node: Node) -> None:
     for user in list(node.users):
         user.args, user.kwargs = torch.fx.map_arg((user.args, user.kwargs), lambda n: stated if n is node else n)
     node.graph.erase_node(node)
-
-
-def _order(tensor: torch.Tensor) -> list[int]:
-    """The dimensions of a dense tensor, outermost in memory first; compares sizes, which are guards where they are symbols."""
-    return sorted(range(tensor.dim()), key=lambda d: tensor.stride(d), reverse=True)
 
 
 def _read_a_copy(node: Node, required: int) -> None:
@@ -120,7 +116,7 @@ def _read_a_copy(node: Node, required: int) -> None:
     if offset is None:
         offset = int(value(x).storage_offset())  # a guard, where sizes are symbols
     offset = build(operator.sub, offset, int(whole.storage_offset()))
-    node.args, node.kwargs = (build(COMPACT, base, _order(whole)), *node.args[1:required], offset), {}
+    node.args, node.kwargs = (build(COMPACT, base, dimension_order(whole.stride())), *node.args[1:required], offset), {}
 
 
 def _viewed(node: Node) -> Node | None:

@@ -16,6 +16,7 @@ from pvae.kernels.channels_last import FORMATS
 from pvae.options import Options
 from pvae.passes import channels_last
 from pvae.passes.channels_last import no_gain
+from pvae.passes.output_layout import in_strides
 
 _NOTE = "_pvae_strides"  # an attribute of a tensor that was laid out here: (its strides, those without pvae)
 Strides = tuple[int, ...]
@@ -49,7 +50,7 @@ def lay_out_weights(module: nn.Module, options: Options) -> None:
 def put_back(module: nn.Module) -> None:
     """Give the weights of `module` the strides that they came with, in place."""
     for weight in _laid(module):
-        weight.data = _as_given(weight)
+        weight.data = in_strides(weight.data, eager_strides(weight))
         delattr(weight, _NOTE)
 
 
@@ -58,7 +59,7 @@ def given_weights(module: nn.Module) -> Iterator[None]:
     """Within the block the weights of `module` have the strides that they came with; what is written to them stays."""
     laid = [(weight, weight.data) for weight in _laid(module)]
     for weight, _ in laid:
-        weight.data = _as_given(weight)
+        weight.data = in_strides(weight.data, eager_strides(weight))
     try:
         yield
     finally:
@@ -68,8 +69,3 @@ def given_weights(module: nn.Module) -> Iterator[None]:
 
 def _laid(module: nn.Module) -> list[torch.Tensor]:
     return [p for p in module.parameters() if eager_strides(p) != p.stride()]
-
-
-def _as_given(weight: torch.Tensor) -> torch.Tensor:
-    data, strides = weight.data, eager_strides(weight)
-    return torch.empty_strided(data.shape, strides, dtype=data.dtype, device=data.device).copy_(data)

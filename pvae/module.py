@@ -65,8 +65,6 @@ from pvae.tiles import install_tiles, remove_tiles, tiles_of
 
 MAX_PROGRAMS = 64
 _TRACING = threading.RLock()  # torch's tracing modes are the process's, not a thread's
-
-
 NO_NUMPY = ".numpy() is not supported for tensor subclasses"  # torch's words where a traced tensor meets numpy
 
 
