@@ -66,6 +66,25 @@ def test_what_reads_strides_reads_eagers(name: str, compiled: str) -> None:
     assert report.matches("conv_taps") == 2
 
 
+@pytest.mark.parametrize(("kernel", "by"), [(1, "pointwise_before_resample"), (3, "fold_upsample")])
+def test_behind_an_enlarged_picture(kernel: int, by: str) -> None:
+    class Enlarges(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, kernel, padding=kernel // 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.b(F.interpolate(self.a(x), scale_factor=2.0))
+            return y + y.as_strided(y.shape, (576, 1, 48, 4))
+
+    model = Enlarges().double()
+    eager = copy.deepcopy(model)
+    pvae.compile(model, **EVERYTHING)
+    with torch.no_grad():
+        torch.testing.assert_close(model(X[:, :, 0]), eager(X[:, :, 0]), rtol=1e-10, atol=1e-12)
+    assert pvae.report(model).matches(by) == 1
+
+
 @pytest.mark.parametrize("cut", [(), (slice(None), slice(1, None)), (slice(1, None),)])
 def test_of_an_input(cut: Any) -> None:
     """The last one is dense and does not begin where its memory does."""
